@@ -1,0 +1,27 @@
+"""Every error a person can meet. One line each: where, what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class SemeError(ValueError):
+    """A mistake in the recipe, the checkpoints or the call; exit code 2 on the command line."""
+
+
+class ConfigError(SemeError):
+    """The recipe is wrong; the message starts with the path of the entry, e.g. ``models[1].parameters.weight``."""
+
+
+class CheckpointError(SemeError):
+    """A checkpoint is missing, truncated, hostile, or does not fit the others; the message names the file."""
+
+
+class OpError(SemeError):
+    """An op was called with arguments it cannot accept; the message starts with the op's name."""
+
+
+class BackendError(SemeError):
+    """A backend was asked for that does not work here; the message says why and what to do."""
+
+
+class TargetError(SemeError):
+    """The output folder cannot be used: not empty, inside a source, no space, no permission."""
