@@ -52,6 +52,17 @@ static void weighted_sum(const std::vector<PyView>& tensors, const std::vector<d
     seme::cpu::weighted_sum(t, weights, divisor, c, o, threads);
 }
 
+// Ops on task vectors: tensors[0] is the base, so there is one entry less per tensor.
+static void task_vector_sum(const std::vector<PyView>& tensors, const std::vector<double>& weights, double divisor,
+                            double scale, int compute, const PyView& out, int threads) {
+    View o = view_of(out);
+    auto t = views_of(tensors, o.n);
+    check_count(weights.size(), t.size() - 1, "weights");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::task_vector_sum(t, weights, divisor, scale, c, o, threads);
+}
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of seme";
     m.attr("BLOCK") = seme::kBlock;
@@ -59,4 +70,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("best_isa", [] { return int(seme::best_isa()); });
     m.def("set_isa", [](int i) { seme::set_isa(seme::Isa(i)); });
     m.def("weighted_sum", &weighted_sum);
+    m.def("task_vector_sum", &task_vector_sum);
 }

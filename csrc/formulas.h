@@ -16,4 +16,74 @@ struct WeightedSum {
     static SEME_HD T finish(T sum, T divisor) { return C::round(sum / divisor); }
 };
 
+// What the ops on task vectors share: the element d = x - b of a task vector, and the end of a merge, where
+// the merged task vector is divided, scaled and added to the base. (x / 1 and x * 1 change nothing, so they
+// may be skipped.)
+template <class C>
+struct TaskVector {
+    using T = typename C::T;
+    static SEME_HD T delta(T x, T b) { return C::round(x - b); }
+    static SEME_HD T divide(T s, T divisor) { return divisor == T(1) ? s : C::round(s / divisor); }
+    static SEME_HD T scale(T s, T factor) { return factor == T(1) ? s : C::round(s * factor); }
+    static SEME_HD T add(T b, T s) { return C::round(b + s); }
+};
+
+// task_vector_sum: b + scale * (sum_i w_i d_i) / divisor; the sum of the rounded products is held in C::T.
+template <class C>
+struct TaskVectorSum {
+    using T = typename C::T;
+    using V = TaskVector<C>;
+    static SEME_HD T term(T w, T d) { return C::round(w * d); }
+    static SEME_HD T finish(T b, T sum, T divisor, T scale) {
+        return V::add(b, V::scale(V::divide(C::round(sum), divisor), scale));
+    }
+};
+
+// magnitude_histogram: where a key (C::key, the magnitude as an integer) falls in a window of kBins bins.
+constexpr int64_t kBins = 65536;
+
+template <class C>
+struct Window {
+    using Key = typename C::Key;
+    Key lowest;  // first key of the window
+    Key last;    // last key of the window; keys after it lie beyond
+    int shift;   // log2 of the keys per bin
+    Key mask;    // (1 << shift) - 1
+
+    static SEME_HD Window make(int64_t lowest, int shift) {
+        // Unsigned, because lowest + (kBins << shift) may pass 2^63; keys do not.
+        const uint64_t greatest = uint64_t(C::kGreatestKey);
+        const uint64_t last = uint64_t(lowest) + ((uint64_t(kBins) << shift) - 1);
+        const int most = 8 * int(sizeof(Key)) - 1;
+        const int s = shift < most ? shift : most;
+        return {Key(uint64_t(lowest) <= greatest ? uint64_t(lowest) : greatest + 1),
+                Key(last < greatest ? last : greatest), s, Key((uint64_t(1) << s) - 1)};
+    }
+    SEME_HD bool holds(Key key) const { return key >= lowest && key <= last; }
+    SEME_HD bool passed(Key key) const { return key > last; }
+    SEME_HD Key bin(Key key) const { return (key - lowest) >> shift; }
+    SEME_HD Key rest(Key key) const { return (key - lowest) & mask; }
+};
+
+// ties: trim, weight, elect the sign of the sum, average the terms that have it. All sums start at 0 and are held
+// in C::T in the order of the inputs; a trimmed element is 0.
+template <class C>
+struct Ties {
+    using T = typename C::T;
+    using V = TaskVector<C>;
+    static SEME_HD T term(T w, T d, bool kept, T factor) { return C::round(w * V::scale(kept ? d : T(0), factor)); }
+    // The elected sign: +1 for a sum of 0, and -1 for NaN.
+    static SEME_HD T sign(T sum) { return C::round(sum) >= T(0) ? T(1) : T(-1); }
+    // 1 where a term has the elected sign, else 0; 0 and NaN never agree. Terms and weights are multiplied by it
+    // before they are summed, so a NaN goes through to the result.
+    static SEME_HD T agrees(T term, T sign) { return term * sign > T(0) ? T(1) : T(0); }
+    static SEME_HD T mean(T num, T den) {
+        const T s = C::round(num), d = C::round(den);
+        return C::round(s / (d == T(0) ? T(1) : d));
+    }
+    static SEME_HD T finish(T b, T num, T den, bool normalize, T scale) {
+        return V::add(b, V::scale(normalize ? mean(num, den) : C::round(num), scale));
+    }
+};
+
 }  // namespace seme

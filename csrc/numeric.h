@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "seme.h"
 
@@ -48,39 +49,77 @@ SEME_HD float to_float(f16 x) {
     return bit_cast<float>(u | (uint32_t(x.bits & 0x8000u) << 16));
 }
 
+// The power of two that rounds a magnitude of exponent E to fp16 when it is added in fp32: 2^(E + 13), whose
+// sum has the fp16 grid 2^(E - 10) as its last place. Below 2^-14 the grid stays 2^-24; from 2^16 on all is
+// infinity anyway. Written without branches, which compilers would not vectorise.
+SEME_HD uint32_t f16_grid(uint32_t magnitude) {
+    uint32_t exponent = magnitude & 0x7F800000u;
+    exponent = exponent > (113u << 23) ? exponent : (113u << 23);
+    exponent = exponent < (143u << 23) ? exponent : (143u << 23);
+    return exponent + (13u << 23);
+}
+
 SEME_HD f16 to_f16(float x) {
     uint32_t u = bit_cast<uint32_t>(x);
-    uint32_t sign = (u >> 16) & 0x8000u;
     uint32_t a = u & 0x7FFFFFFFu;
-    // Normal result: drop 13 mantissa bits with round to nearest even, and re-bias the exponent.
-    uint32_t normal = (a - (112u << 23) + 0xFFFu + ((a >> 13) & 1u)) >> 13;
-    // Below 2^-14 the grid is 2^-24: adding 0.5 makes the fp32 adder round on exactly that grid.
-    uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(a) + 0.5f) - 0x3F000000u;
-    uint32_t r = a < (113u << 23) ? subnormal : normal;
-    r = a >= 0x477FF000u ? 0x7C00u : r;  // 65520 and beyond round to infinity
-    r = a > 0x7F800000u ? 0x7E00u : r;
-    return {uint16_t(r | sign)};
+    uint32_t nan = a > 0x7F800000u ? 0x0200u : 0u;
+    a = a < 0x47800000u ? a : 0x47800000u;  // 2^16: its bits are those of infinity
+    uint32_t grid = f16_grid(a);
+    uint32_t steps = bit_cast<uint32_t>(bit_cast<float>(a) + bit_cast<float>(grid)) - grid;
+    uint32_t r = ((grid >> 13) - (126u << 10)) + steps;
+    return {uint16_t(r | nan | ((u >> 16) & 0x8000u))};
 }
 
 SEME_HD float to_float(float x) { return x; }
 
-// How a value of the compute dtype is held (T) and how a result is rounded to it.
+// How a value of the compute dtype is held (T), how a result is rounded to it, and the key of a rounded result:
+// the bits of its magnitude as an integer, which grows with the magnitude. NaN has one key, the greatest.
 struct ComputeF32 {
     using T = float;
+    using Key = int32_t;
+    static constexpr Key kGreatestKey = 0x7FC00000;
     static SEME_HD float round(float x) { return x; }
+    static SEME_HD Key key(float x) {
+        Key k = bit_cast<Key>(x) & 0x7FFFFFFF;
+        return k < kGreatestKey ? k : kGreatestKey;
+    }
 };
 struct ComputeBF16 {
     using T = float;
+    using Key = int32_t;
+    static constexpr Key kGreatestKey = 0x7FC0;
     static SEME_HD float round(float x) { return to_float(to_bf16(x)); }
+    static SEME_HD Key key(float x) { return Key((bit_cast<uint32_t>(x) >> 16) & 0x7FFFu); }
 };
 struct ComputeF16 {
     using T = float;
-    static SEME_HD float round(float x) { return to_float(to_f16(x)); }
+    using Key = int32_t;
+    static constexpr Key kGreatestKey = 0x7E00;
+    static SEME_HD float round(float x) {
+        uint32_t u = bit_cast<uint32_t>(x);
+        float grid = bit_cast<float>(f16_grid(u & 0x7FFFFFFFu));
+        float r = (bit_cast<float>(u & 0x7FFFFFFFu) + grid) - grid;
+        // From 2^16 on it becomes infinity, without a branch: by way of 2^128. Exact for all else.
+        r = r * bit_cast<float>(uint32_t(127 + 112) << 23) * bit_cast<float>(uint32_t(127 - 112) << 23);
+        return bit_cast<float>(bit_cast<uint32_t>(r) | (u & 0x80000000u));
+    }
+    static SEME_HD Key key(float x) { return Key(to_f16(x).bits & 0x7FFFu); }
 };
 struct ComputeF64 {
     using T = double;
+    using Key = int64_t;
+    static constexpr Key kGreatestKey = 0x7FF8000000000000;
     static SEME_HD double round(double x) { return x; }
+    static SEME_HD Key key(double x) {
+        Key k = bit_cast<Key>(x) & 0x7FFFFFFFFFFFFFFF;
+        return k < kGreatestKey ? k : kGreatestKey;
+    }
 };
+
+// True if every value of the storage type S is one of the compute dtype C, so that a load need not round.
+template <class C, class S>
+constexpr bool kExact = (std::is_same_v<C, ComputeBF16> && std::is_same_v<S, bf16>) ||
+                        (std::is_same_v<C, ComputeF16> && std::is_same_v<S, f16>);
 
 // Between memory and arithmetic type. A double becomes bf16 or fp16 by way of float, as in torch.
 SEME_HD void load(const float* p, float& y) { y = *p; }

@@ -12,6 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Before 3.6, tl.div_rn compiles to div.rn.ftz: subnormal numbers become zero on the GPU.
+_DIV_RN_FLUSHES = tl.constexpr(tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 6))
+
 
 @triton.jit
 def _bf16_bits(x):
@@ -33,17 +36,40 @@ def round_to(x, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def held(x, COMPUTE: tl.constexpr):
+    """A float64 scalar that is exact in the arithmetic type, in the arithmetic type."""
+    if COMPUTE == "float64":
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def load(ptr, offsets, mask, COMPUTE: tl.constexpr):
     """Elements at `offsets`, rounded to the compute dtype, in the arithmetic type; 0 where masked."""
-    if ptr.dtype.element_ty == tl.bfloat16:
+    stored: tl.constexpr = ptr.dtype.element_ty
+    if stored == tl.bfloat16:
         bits = tl.load(ptr.to(tl.pointer_type(tl.uint16)) + offsets, mask=mask, other=0)
         x = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         x = tl.load(ptr + offsets, mask=mask, other=0.0)
     if COMPUTE == "float64":
         return x.to(tl.float64)
+    elif (COMPUTE == "bfloat16" and stored == tl.bfloat16) or (COMPUTE == "float16" and stored == tl.float16):
+        return x.to(tl.float32)  # every value is one of the compute dtype
     else:
         return round_to(x.to(tl.float32), COMPUTE)
+
+
+@triton.jit
+def load_bits(ptr, offsets, mask):
+    """The bits of the elements at `offsets` as they are stored, as an unsigned integer; 0 where masked."""
+    if ptr.dtype.element_ty == tl.float64:
+        return tl.load(ptr.to(tl.pointer_type(tl.uint64)) + offsets, mask=mask, other=0)
+    elif ptr.dtype.element_ty == tl.float32:
+        return tl.load(ptr.to(tl.pointer_type(tl.uint32)) + offsets, mask=mask, other=0)
+    else:
+        return tl.load(ptr.to(tl.pointer_type(tl.uint16)) + offsets, mask=mask, other=0)
 
 
 @triton.jit
@@ -60,7 +86,46 @@ def store(ptr, offsets, x, mask):
 @triton.jit
 def divide(x, y):
     """x / y, correctly rounded; Triton's `/` on float32 is an approximation on the GPU."""
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    else:
+    if x.dtype == tl.float64:
         return x / y
+    elif _DIV_RN_FLUSHES:
+        # Slower, and the same: float64 has more than twice the digits, so rounding twice loses nothing.
+        return (x.to(tl.float64) / y.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def magnitude_key(x, COMPUTE: tl.constexpr):
+    """The bits of |x| in the compute dtype, as int32 (int64 for float64): they grow with the magnitude.
+
+    NaN has one key, the greatest.
+    """
+    if COMPUTE == "float64":
+        return tl.minimum(x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF, 0x7FF8000000000000)
+    elif COMPUTE == "float16":
+        return (x.to(tl.float16).to(tl.uint16, bitcast=True) & 0x7FFF).to(tl.int32)
+    elif COMPUTE == "bfloat16":
+        return (x.to(tl.int32, bitcast=True) >> 16) & 0x7FFF
+    else:
+        return tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7FC00000)
+
+
+@triton.jit
+def key_bound(bound, COMPUTE: tl.constexpr):
+    """A bound on keys, int64, as the type that keys have; one beyond all keys stays beyond them."""
+    if COMPUTE == "float64":
+        return bound
+    else:
+        return tl.minimum(bound, 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def fold_lanes(lanes):
+    """The sum of 64 lanes by halving: lane j takes lane j + 32, then j + 16, ... j + 1. A scalar."""
+    lanes = tl.sum(tl.reshape(lanes, [2, 32]), axis=0)
+    lanes = tl.sum(tl.reshape(lanes, [2, 16]), axis=0)
+    lanes = tl.sum(tl.reshape(lanes, [2, 8]), axis=0)
+    lanes = tl.sum(tl.reshape(lanes, [2, 4]), axis=0)
+    lanes = tl.sum(tl.reshape(lanes, [2, 2]), axis=0)
+    return tl.sum(lanes, axis=0)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .numeric import divide, load, round_to, store
+from .numeric import divide, held, load, round_to, store
+from .tables import table
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +21,17 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def weighted_sum_kernel(tensors, scalars, out, n, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """scalars: the weights, then the divisor, in float64 (exact in the arithmetic type)."""
+def weighted_sum_kernel(tensors, reals, out, n, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """reals: the weights, then the divisor, in float64."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
-    held: tl.constexpr = tl.float64 if COMPUTE == "float64" else tl.float32
-    total = load(tensors[0], offsets, mask, COMPUTE) * tl.load(scalars).to(held)
+    total = load(tensors[0], offsets, mask, COMPUTE) * held(tl.load(reals), COMPUTE)
     for i in tl.static_range(1, len(tensors)):
-        total += load(tensors[i], offsets, mask, COMPUTE) * tl.load(scalars + i).to(held)
-    divisor = tl.load(scalars + len(tensors)).to(held)
-    store(out, offsets, round_to(divide(total, divisor), COMPUTE), mask)
+        total += load(tensors[i], offsets, mask, COMPUTE) * held(tl.load(reals + i), COMPUTE)
+    divisor = held(tl.load(reals + len(tensors)), COMPUTE)
+    if divisor != 1:
+        total = divide(total, divisor)
+    store(out, offsets, round_to(total, COMPUTE), mask)
 
 
 def launch(
@@ -42,16 +44,12 @@ def launch(
     block: int = 1024,
 ) -> None:
     """Run on flat, contiguous tensors; writes `out`."""
-    if out.numel() == 0:
-        return
-    scalars = out.new_tensor([*weights, divisor], dtype=_float64())
-    grid = (triton.cdiv(out.numel(), block),)
-    weighted_sum_kernel[grid](
-        tuple(tensors), scalars, out, out.numel(), COMPUTE=compute_dtype.name, BLOCK=block, enable_fp_fusion=False
-    )
-
-
-def _float64() -> torch.dtype:
     import torch
 
-    return torch.float64
+    n = out.numel()
+    if n == 0:
+        return
+    reals = table([*weights, divisor], torch.float64, out.device)
+    weighted_sum_kernel[(triton.cdiv(n, block),)](
+        tuple(tensors), reals, out, n, COMPUTE=compute_dtype.name, BLOCK=block, enable_fp_fusion=False
+    )

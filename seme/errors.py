@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+import reprlib
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+
+
+def brief(value: object) -> str:
+    """A value as messages show it: one short line, whatever its size or depth."""
+    try:
+        return _REPR.repr(value)[:100]
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
+
 
 class SemeError(ValueError):
     """A mistake in the recipe, the checkpoints or the call; exit code 2 on the command line."""

@@ -17,7 +17,7 @@ SEME_INLINE void load_typed(const S* p, int64_t n, typename C::T* y) {
     for (int64_t j = 0; j < n; ++j) {
         typename C::T v;
         load(p + j, v);
-        y[j] = C::round(v);  // the cast at load; identity where the dtype is already the compute dtype
+        y[j] = kExact<C, S> ? v : C::round(v);
     }
 }
 

@@ -1,0 +1,8 @@
+"""Checkpoints on disk: reading, writing, finding them."""
+
+from seme.checkpoint.hub import ModelRef, resolve
+from seme.checkpoint.reader import Checkpoint
+from seme.checkpoint.safetensors import Stored
+from seme.checkpoint.writer import Layout, Writer, layout
+
+__all__ = ["Checkpoint", "Layout", "ModelRef", "Stored", "Writer", "layout", "resolve"]

@@ -74,7 +74,8 @@ class Op:
     def schema(self) -> str:
         """Schema of the functional variant; the ``.out`` variant has ``Tensor(a!) out`` and returns nothing."""
         tensors = "Tensor base, Tensor[] tensors" if self.has_base else "Tensor[] tensors"
-        return f'{tensors}, *, {self.arguments}, str backend="auto", int threads=0'
+        own = f"{self.arguments}, " if self.arguments else ""
+        return f'{tensors}, *, {own}str backend="auto", int threads=0'
 
     def __call__(
         self,

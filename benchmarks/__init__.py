@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.merge``, ``python -m benchmarks.ops``; see ``docs/benchmarks.md``."""

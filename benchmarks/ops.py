@@ -1,0 +1,281 @@
+"""The ops one by one, against the copy bandwidth of the machine and against the same formula in plain torch.
+
+``python -m benchmarks.ops`` times every case, interleaved with a copy and with torch, and keeps the medians;
+``python -m pytest benchmarks/test_ops.py`` runs the same cases under pytest-benchmark.
+
+All cases are memory-bound when done well: an op can do no better than read each input once and write its output
+once, at the bandwidth of a copy. GB/s counts exactly those bytes, whatever an implementation really moves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.checkpoints import BASE_STD, CHANGED, TUNED_STD
+from benchmarks.common import MIB, RESULTS, Results, provenance, summarize, table
+from seme import ops
+
+ABOUT = {
+    "bytes": "what the op must move at least: each input once, the output once (reductions: only the inputs)",
+    "gb_per_s": "bytes / median seconds / 1e9; for the copy: bytes read + bytes written",
+    "of_copy": "median GB/s of the op / median GB/s of torch's copy_ in the same rounds, same threads",
+    "torch_over_seme": "median seconds of plain torch, one operation after the other / median seconds of seme",
+}
+
+ELEMENTS = 64 * MIB
+DENSITY = 0.2
+WEIGHTS = (0.5, 0.3, 0.2)
+ALL = 1 << 62
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on given inputs.
+
+    Attributes:
+        inputs: number of tensors read; the first is the base where the op has one.
+        writes: the result is a tensor of the inputs' size, else a few numbers.
+        seme: ``seme(tensors, **options)``, options being ``out`` (if it writes), ``threads``, ``backend``.
+        torch: the same in plain torch, as one would write it by hand.
+    """
+
+    inputs: int
+    writes: bool
+    seme: Callable[..., torch.Tensor]
+    torch: Callable[[Tensors], Any]
+
+    def bytes(self, elements: int) -> int:
+        """Bytes that must be moved, bfloat16."""
+        return 2 * elements * (self.inputs + self.writes)
+
+
+def make_tensors(elements: int) -> Tensors:
+    """A base and three fine-tunes of it, bfloat16, with the statistics of ``benchmarks.checkpoints``."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.empty(elements, dtype=torch.bfloat16).normal_(0, BASE_STD, generator=generator)
+    tensors = [base]
+    for _ in range(3):
+        delta = torch.empty(elements).normal_(0, TUNED_STD, generator=generator)
+        delta.mul_(torch.empty(elements).uniform_(generator=generator) < CHANGED)
+        tensors.append(delta.add_(base).to(torch.bfloat16))
+    return tensors
+
+
+def threshold(tensors: Tensors) -> int:
+    """The key (bits of the bfloat16 magnitude) at which about :data:`DENSITY` of a task vector is kept."""
+    delta = (tensors[1][:MIB] - tensors[0][:MIB]).abs()
+    return int(delta.view(torch.int16).sort(descending=True).values[int(DENSITY * len(delta))])
+
+
+def magnitude(key: int) -> float:
+    """The bfloat16 value with these bits."""
+    return torch.tensor(key, dtype=torch.int16).view(torch.bfloat16).item()
+
+
+def torch_weighted_sum(tensors: Tensors) -> torch.Tensor:
+    """Sum held in float32, one rounding at the end."""
+    total = tensors[0].float().mul_(WEIGHTS[0])
+    for tensor, weight in zip(tensors[1:], WEIGHTS[1:], strict=False):
+        total.add_(tensor, alpha=weight)
+    return total.to(torch.bfloat16)
+
+
+def torch_task_vector_sum(tensors: Tensors) -> torch.Tensor:
+    """In bfloat16 throughout."""
+    base, *tuned = tensors
+    total = (tuned[0] - base).mul_(WEIGHTS[0])
+    for tensor, weight in zip(tuned[1:], WEIGHTS[1:], strict=True):
+        total.add_(tensor - base, alpha=weight)
+    return total.add_(base)
+
+
+def torch_ties(tensors: Tensors, key: int) -> torch.Tensor:
+    """Trim by a known threshold, weigh, elect signs, mean of those that agree; in bfloat16."""
+    base, *tuned = tensors
+    smallest = magnitude(key)
+    parts = []
+    for tensor, weight in zip(tuned, WEIGHTS, strict=True):
+        delta = tensor - base
+        parts.append(delta.mul_(delta.abs() >= smallest).mul_(weight))
+    positive = sum(parts[1:], parts[0]) >= 0
+    total, share = torch.zeros_like(base), torch.zeros_like(base)
+    for part, weight in zip(parts, WEIGHTS, strict=True):
+        agrees = torch.where(positive, part > 0, part < 0)
+        total.addcmul_(part, agrees)
+        share.add_(agrees, alpha=weight)
+    share.masked_fill_(share == 0, 1)
+    return total.div_(share).add_(base)
+
+
+def torch_inner_products(tensors: Tensors) -> torch.Tensor:
+    """Gram matrix in float32."""
+    stacked = torch.stack([t.float() for t in tensors])
+    return stacked @ stacked.T
+
+
+def torch_magnitude_histogram(tensors: Tensors) -> Tensors:
+    """Count of every bfloat16 magnitude."""
+    base, *tuned = tensors
+    return [torch.bincount((t - base).abs_().view(torch.int16).to(torch.int32), minlength=1 << 15) for t in tuned]
+
+
+def torch_tie_counts(tensors: Tensors, key: int) -> Tensors:
+    """How many entries of each task vector lie on the threshold."""
+    base, *tuned = tensors
+    return [((t - base).abs_() == magnitude(key)).sum() for t in tuned]
+
+
+def torch_trimmed_l1(tensors: Tensors, key: int) -> Tensors:
+    """L1 norm of each task vector before and after the trim."""
+    base, *tuned = tensors
+    sums = []
+    for tensor in tuned:
+        delta = (tensor - base).abs_()
+        sums += [delta.sum(dtype=torch.float32), delta.mul_(delta >= magnitude(key)).sum(dtype=torch.float32)]
+    return sums
+
+
+def torch_nonfinite(tensors: Tensors) -> Tensors:
+    """Count of inf and NaN."""
+    return [tensor.isfinite().logical_not_().sum() for tensor in tensors]
+
+
+def cases(key: int) -> dict[str, Case]:
+    """All cases; ``key`` is the threshold that the trimming ones use."""
+    three = [key] * 3
+
+    # About one element in a hundred lies on the threshold; a quota of one in a thousand cuts among them.
+    def ties_with_quota(t: Tensors, **o: Any) -> torch.Tensor:
+        return bf16(ops.ties, WEIGHTS, thresholds=three, tie_quotas=[len(t[0]) // 1000] * 3)(t, **o)
+
+    def bf16(op: Callable[..., torch.Tensor], *positional: Any, **keywords: Any) -> Callable[..., torch.Tensor]:
+        return lambda t, **o: op(t[0], t[1:], *positional, compute_dtype=torch.bfloat16, **keywords, **o)
+
+    return {
+        "weighted_sum 3": Case(3, True, lambda t, **o: ops.weighted_sum(t, WEIGHTS, **o), torch_weighted_sum),
+        "weighted_sum 2": Case(2, True, lambda t, **o: ops.weighted_sum(t, WEIGHTS[:2], **o), torch_weighted_sum),
+        "task_vector_sum 1+3": Case(4, True, bf16(ops.task_vector_sum, WEIGHTS), torch_task_vector_sum),
+        "ties 1+3": Case(
+            4,
+            True,
+            bf16(ops.ties, WEIGHTS, thresholds=three, tie_quotas=[ALL] * 3),
+            lambda t: torch_ties(t, key),
+        ),
+        "ties 1+3, quota": Case(4, True, ties_with_quota, lambda t: torch_ties(t, key)),
+        "inner_products 2": Case(2, False, lambda t, **o: ops.inner_products(t, **o), torch_inner_products),
+        "magnitude_histogram 1+3": Case(
+            4,
+            False,
+            bf16(ops.magnitude_histogram, lowest=[0] * 3, shift=[0] * 3),
+            torch_magnitude_histogram,
+        ),
+        "tie_counts 1+3": Case(4, False, bf16(ops.tie_counts, thresholds=three), lambda t: torch_tie_counts(t, key)),
+        "trimmed_l1 1+3": Case(
+            4,
+            False,
+            bf16(ops.trimmed_l1, thresholds=three, tie_quotas=[ALL] * 3),
+            lambda t: torch_trimmed_l1(t, key),
+        ),
+        "nonfinite 1": Case(1, False, lambda t, **o: ops.nonfinite(t, **o), torch_nonfinite),
+    }
+
+
+def verify(case: Case, tensors: Tensors) -> None:
+    """The kernel gives the bits of the reference on an odd number of elements: no number without a right result."""
+    few = [t[:65537] for t in tensors]
+    ours, reference = case.seme(few, threads=2, backend="cpu"), case.seme(few, backend="torch")
+    if not torch.equal(ours, reference):
+        raise AssertionError(f"{int((ours != reference).sum())} of {ours.numel()} results differ from the reference")
+
+
+def runner(case: Case, tensors: Tensors, threads: int) -> Callable[[], object]:
+    """A call of the case that writes into memory it has written to before."""
+    if not case.writes:
+        return lambda: case.seme(tensors, threads=threads)
+    out = torch.zeros_like(tensors[0])
+    return lambda: case.seme(tensors, threads=threads, out=out)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, tensors: Tensors, rounds: int, threads: int) -> dict[str, Any]:
+    """Copy, seme and torch in turns, after one round that does not count; an entry of the results file."""
+    elements = len(tensors[0])
+    tensors = tensors[: case.inputs]
+    target = torch.zeros_like(tensors[0])
+    calls = {
+        "copy": lambda: target.copy_(tensors[0]),
+        "seme": runner(case, tensors, threads),
+        "torch": lambda: case.torch(tensors),
+    }
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(-1, rounds):
+        for name, call in calls.items():
+            took = seconds(call)
+            if number >= 0:
+                samples[name].append(round(took, 6))
+    stats = {name: summarize(times) for name, times in samples.items()}
+    moved = {"copy": 4 * elements, "seme": case.bytes(elements), "torch": case.bytes(elements)}
+    speed = {name: moved[name] / stats[name]["median"] / 1e9 for name in stats}
+    return {
+        "elements": elements,
+        "threads": threads,
+        "bytes": case.bytes(elements),
+        "seconds": stats,
+        "gb_per_s": speed,
+        "of_copy": speed["seme"] / speed["copy"],
+        "torch_over_seme": stats["torch"]["median"] / stats["seme"]["median"],
+        "samples": samples,
+    }
+
+
+def report(entries: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of entries of the results file."""
+    rows = []
+    for name, entry in entries.items():
+        speed = entry["gb_per_s"]
+        rows.append([name, *(f"{entry['seconds'][k]['median'] * 1e3:.1f}" for k in ("seme", "torch"))])
+        rows[-1] += [f"{speed['seme']:.1f}", f"{speed['copy']:.1f}", f"{entry['of_copy']:.2f}"]
+        rows[-1].append(f"{entry['torch_over_seme']:.1f}x")
+    return table(["op, tensors", "seme ms", "torch ms", "GB/s", "copy GB/s", "of copy", "faster than torch"], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description="time the CPU kernels")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="beginnings of names; default: all")
+    parser.add_argument("--elements", type=int, default=ELEMENTS)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "ops-cpu.json")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    tensors = make_tensors(options.elements)
+    results = Results(options.out, provenance(), ABOUT)
+    chosen = {}
+    for name, case in cases(threshold(tensors)).items():
+        if options.cases and not name.startswith(tuple(options.cases)):
+            continue
+        verify(case, tensors[: case.inputs])
+        chosen[name] = measure(case, tensors, options.rounds, options.threads)
+        results.put(name, chosen[name])
+        print(f"{name}: {chosen[name]['gb_per_s']['seme']:.1f} GB/s", flush=True)
+    print(report(chosen))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Writes the tables of the kept results into README.md and docs/benchmarks.md.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end NAME -->``, NAME being a results file without its
+ending; what lies between is replaced. ``--check`` changes nothing and fails if a table is not up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import merge, ops
+from benchmarks.checkpoints import SIZES
+from benchmarks.common import RESULTS, ROOT, load
+from benchmarks.plot import where
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+
+
+def merge_table(data: dict[str, Any]) -> str:
+    """Whole merges, by size and method; cells that are not complete are left out."""
+    entries = data["entries"]
+    keys = [f"{size}/{method}" for size in SIZES for method in merge.METHODS]
+    return merge.report([entries[key] for key in keys if key in entries and entries[key]["complete"]])
+
+
+def ops_table(data: dict[str, Any]) -> str:
+    """The ops, in the order of the file."""
+    return ops.report(data["entries"])
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "merge-cpu": merge_table,
+    "merge-cpu-tmpfs": merge_table,
+    "ops-cpu": ops_table,
+}
+
+
+def machines(data: dict[str, Any]) -> str:
+    """One line for each run of a results file: machine, date, commit, versions, disk."""
+    lines = []
+    for run in data["runs"].values():
+        parts = [where(run), f"commit {(run['commit'] or 'unknown')[:10]}{' with changes' if run['dirty'] else ''}"]
+        parts += [f"{p} {run['versions'][p]}" for p in ("torch", "mergekit") if run["versions"].get(p)]
+        disk = run["machine"].get("disk")
+        if disk:
+            speed = f"{disk['write_mb_s']} MB/s written with fsync, {disk['read_mb_s']} MB/s read"
+            parts.append(f"{disk['filesystem']}, {speed}")
+        lines.append("; ".join(parts) + ".")
+    return "\n".join(lines)
+
+
+def fill(text: str, results: Path) -> str:
+    """The text with every table replaced whose results file exists."""
+    for name, make in TABLES.items():
+        file = results / f"{name}.json"
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if file.exists() and pattern.search(text):
+            data = load(file)
+            body = f"{make(data)}\n\n{machines(data)}\n"
+            text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)
+    return text
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="write the tables of the results")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is out of date")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
+    parser.add_argument("documents", nargs="*", type=Path, default=DOCUMENTS)
+    arguments = parser.parse_args()
+    stale = False
+    for document in arguments.documents:
+        if not document.exists():
+            continue
+        old = document.read_text()
+        new = fill(old, arguments.results)
+        if new != old:
+            stale = True
+            print(f"{document.name}: {'out of date' if arguments.check else 'rewritten'}")
+            if not arguments.check:
+                document.write_text(new)
+    sys.exit(1 if arguments.check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+#include "../parallel.h"
+#include "task_vector.h"
+
+namespace seme::cpu {
+namespace {
+
+struct Factors {
+    const std::vector<double>& weights;
+    const std::vector<double>& factors;
+    bool normalize;
+    double scale;
+};
+
+template <class C>
+struct Body {
+    using T = typename C::T;
+    using Key = typename C::Key;
+    using F = Ties<C>;
+
+    static SEME_INLINE void run(const std::vector<View>* tensors, const Factors* factors, const Cuts* cuts, View out,
+                                int64_t b0, int64_t b1) {
+        const size_t count = tensors->size() - 1;
+        auto trims = trims_from<C>(*cuts, b0);
+        std::vector<T> terms(count * kTile);
+        T base[kTile], sum[kTile], num[kTile], den[kTile];
+        const int64_t end = std::min(out.n, b1 * kBlock);
+        for (int64_t at = b0 * kBlock; at < end; at += kTile) {
+            const int64_t n = std::min(kTile, end - at);
+            load_tile<C>((*tensors)[0], at, n, base);
+            std::fill(sum, sum + n, T(0));
+            for (size_t i = 0; i < count; ++i) {
+                T* term = terms.data() + i * kTile;
+                load_delta<C>((*tensors)[i + 1], at, n, base, term);
+                const Key cut = trims[i].next(term, n);
+                const T w = T(factors->weights[i]), factor = T(factors->factors[i]);
+                if (factor == T(1))
+                    for (int64_t j = 0; j < n; ++j) {
+                        term[j] = F::term(w, term[j], C::key(term[j]) > cut, T(1));
+                        sum[j] += term[j];
+                    }
+                else
+                    for (int64_t j = 0; j < n; ++j) {
+                        term[j] = F::term(w, term[j], C::key(term[j]) > cut, factor);
+                        sum[j] += term[j];
+                    }
+            }
+            for (int64_t j = 0; j < n; ++j) sum[j] = F::sign(sum[j]);
+            std::fill(num, num + n, T(0));
+            std::fill(den, den + n, T(0));
+            for (size_t i = 0; i < count; ++i) {
+                const T* term = terms.data() + i * kTile;
+                const T w = T(factors->weights[i]);
+                for (int64_t j = 0; j < n; ++j) {
+                    const T agrees = F::agrees(term[j], sum[j]);
+                    num[j] += term[j] * agrees;
+                    den[j] += w * agrees;
+                }
+            }
+            if (count > 0) {
+                if (factors->normalize)
+                    for (int64_t j = 0; j < n; ++j) num[j] = F::mean(num[j], den[j]);
+                else
+                    for (int64_t j = 0; j < n; ++j) num[j] = C::round(num[j]);
+                add_scaled<C>(base, num, n, factors->scale);
+            }
+            store_tile(base, n, out, at);
+        }
+    }
+};
+
+}  // namespace
+
+void ties(const std::vector<View>& tensors, const std::vector<double>& weights,
+          const std::vector<int64_t>& thresholds, const std::vector<int64_t>& tie_quotas,
+          const std::vector<double>& factors, bool normalize, double scale, DType compute, View out, int threads) {
+    const Cuts cuts(tensors, thresholds, tie_quotas, compute, threads);
+    const Factors f{weights, factors, normalize, scale};
+    parallel_blocks(blocks(out.n), threads,
+                    [&](int64_t b0, int64_t b1) { run_computed<Body>(compute, &tensors, &f, &cuts, out, b0, b1); });
+}
+
+}  // namespace seme::cpu

@@ -1,0 +1,55 @@
+#include "../parallel.h"
+#include "lanes.h"
+#include "task_vector.h"
+
+namespace seme::cpu {
+namespace {
+
+template <class C>
+struct Body {
+    using T = typename C::T;
+    using Key = typename C::Key;
+
+    // out[b, i] = (sum |d_i|, sum |kept d_i|) for the blocks in [b0, b1).
+    static SEME_INLINE void run(const std::vector<View>* tensors, const Cuts* cuts, double* out, int64_t b0,
+                                int64_t b1) {
+        const int64_t count = int64_t(tensors->size()) - 1, size = (*tensors)[0].n;
+        auto trims = trims_from<C>(*cuts, b0);
+        T base[kTile], d[kTile];
+        double magnitude[kTile], kept[kTile];
+        std::vector<Lanes> all_lanes(count), kept_lanes(count);
+        for (int64_t b = b0; b < b1; ++b) {
+            std::fill(all_lanes.begin(), all_lanes.end(), Lanes());
+            std::fill(kept_lanes.begin(), kept_lanes.end(), Lanes());
+            const int64_t end = std::min(size, (b + 1) * kBlock);
+            for (int64_t at = b * kBlock; at < end; at += kTile) {
+                const int64_t n = std::min(kTile, end - at), padded = (n + kLanes - 1) / kLanes * kLanes;
+                load_tile<C>((*tensors)[0], at, n, base);
+                for (int64_t i = 0; i < count; ++i) {
+                    load_delta<C>((*tensors)[i + 1], at, n, base, d);
+                    std::fill(d + n, d + padded, T(0));
+                    for (int64_t j = 0; j < padded; ++j) magnitude[j] = double(std::abs(d[j]));
+                    const Key cut = trims[i].next(d, n);
+                    for (int64_t j = 0; j < padded; ++j) kept[j] = double(C::key(d[j]) > cut ? std::abs(d[j]) : T(0));
+                    all_lanes[i].add(magnitude, padded);
+                    kept_lanes[i].add(kept, padded);
+                }
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                out[(b * count + i) * 2] = all_lanes[i].fold();
+                out[(b * count + i) * 2 + 1] = kept_lanes[i].fold();
+            }
+        }
+    }
+};
+
+}  // namespace
+
+void trimmed_l1(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds,
+                const std::vector<int64_t>& tie_quotas, DType compute, double* out, int threads) {
+    const Cuts cuts(tensors, thresholds, tie_quotas, compute, threads);
+    parallel_blocks(blocks(tensors[0].n), threads,
+                    [&](int64_t b0, int64_t b1) { run_computed<Body>(compute, &tensors, &cuts, out, b0, b1); });
+}
+
+}  // namespace seme::cpu

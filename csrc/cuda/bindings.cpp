@@ -1,0 +1,182 @@
+// The module seme._C_cuda. Tensors arrive as (device address, elements, dtype code); every size is checked again
+// here, because past this file there are only pointers. `stream` is (device, address of the stream).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "cuda.h"
+
+namespace py = pybind11;
+using seme::DType;
+using seme::View;
+using seme::cuda::Selection;
+
+using PyView = std::tuple<uintptr_t, int64_t, int>;
+using PyStream = std::pair<int, uintptr_t>;
+
+static DType dtype_of(int code) {
+    if (code < 0 || code > 3) throw std::invalid_argument("dtype code " + std::to_string(code) + " is not 0..3");
+    return DType(code);
+}
+
+static void* memory(uintptr_t address, int64_t n) {
+    if (n < 0) throw std::invalid_argument("negative element count");
+    if (n > 0 && address == 0) throw std::invalid_argument("null address");
+    return reinterpret_cast<void*>(address);
+}
+
+static View view_of(const PyView& v) {
+    auto [address, n, code] = v;
+    return {memory(address, n), n, dtype_of(code)};
+}
+
+static std::vector<View> views_of(const std::vector<PyView>& vs) {
+    std::vector<View> views;
+    for (const auto& v : vs) {
+        views.push_back(view_of(v));
+        if (views.back().n != views[0].n) throw std::invalid_argument("tensors differ in size");
+    }
+    if (views.empty()) throw std::invalid_argument("no tensors");
+    if (views.size() > size_t(seme::cuda::kMaxTensors))
+        throw std::invalid_argument("the CUDA kernels take at most " + std::to_string(seme::cuda::kMaxTensors) +
+                                    " tensors, got " + std::to_string(views.size()) + "; use the backend triton");
+    return views;
+}
+
+static void check_count(int64_t found, int64_t expected, const char* what) {
+    if (found != expected)
+        throw std::invalid_argument(std::string(what) + ": " + std::to_string(expected) + " expected, got " +
+                                    std::to_string(found));
+}
+
+// int64 and float64 results and scratch come as (address, elements, -1 or code): only the first two are used.
+template <class T>
+static T* numbers(const PyView& v, int64_t expected, const char* what) {
+    check_count(std::get<1>(v), expected, what);
+    return static_cast<T*>(memory(std::get<0>(v), expected));
+}
+
+static seme::cuda::Stream stream_of(const PyStream& s) { return {s.first, s.second}; }
+
+static int64_t count_blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+static Selection selection_of(std::vector<int64_t> thresholds, std::vector<int64_t> quotas,
+                              const std::optional<PyView>& tie_ends, int64_t tensors, int64_t blocks) {
+    check_count(int64_t(thresholds.size()), tensors, "thresholds");
+    check_count(int64_t(quotas.size()), tensors, "tie_quotas");
+    const int64_t* ends = tie_ends ? numbers<const int64_t>(*tie_ends, tensors * blocks, "tie_ends") : nullptr;
+    return {std::move(thresholds), std::move(quotas), ends};
+}
+
+static void weighted_sum(const std::vector<PyView>& tensors, const std::vector<double>& weights, double divisor,
+                         int compute, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    View o = view_of(out);
+    check_count(o.n, t[0].n, "elements of out");
+    check_count(int64_t(weights.size()), int64_t(t.size()), "weights");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::weighted_sum(t, weights, divisor, c, o, stream_of(stream));
+}
+
+static void task_vector_sum(const std::vector<PyView>& tensors, const std::vector<double>& weights, double divisor,
+                            double scale, int compute, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    View o = view_of(out);
+    check_count(o.n, t[0].n, "elements of out");
+    check_count(int64_t(weights.size()), int64_t(t.size()) - 1, "weights");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::task_vector_sum(t, weights, divisor, scale, c, o, stream_of(stream));
+}
+
+static void inner_products(const std::vector<PyView>& tensors, int compute, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    const int64_t n = int64_t(t.size());
+    auto* o = numbers<double>(out, seme::blocks(t[0].n) * n * n, "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::inner_products(t, c, o, stream_of(stream));
+}
+
+static void magnitude_histogram(const std::vector<PyView>& tensors, const std::vector<int64_t>& lowest,
+                                const std::vector<int>& shift, int compute, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    const int64_t n = int64_t(t.size()) - 1;
+    check_count(int64_t(lowest.size()), n, "lowest");
+    check_count(int64_t(shift.size()), n, "shift");
+    for (int64_t i = 0; i < n; ++i)
+        if (lowest[i] < 0 || shift[i] < 0 || shift[i] > 47)
+            throw std::invalid_argument("lowest >= 0 and shift 0..47 expected");
+    auto* o = numbers<int64_t>(out, n * 65538, "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::magnitude_histogram(t, lowest, shift, c, o, stream_of(stream));
+}
+
+static void block_ties(const std::vector<PyView>& tensors, const std::vector<int64_t>& thresholds, int compute,
+                       int64_t block, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    const int64_t n = int64_t(t.size()) - 1;
+    if (block != seme::cuda::kTile && block != seme::kBlock) throw std::invalid_argument("block is TILE or BLOCK");
+    check_count(int64_t(thresholds.size()), n, "thresholds");
+    auto* o = numbers<int64_t>(out, n * count_blocks(t[0].n, block), "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::block_ties(t, thresholds, c, block, o, stream_of(stream));
+}
+
+static void ties(const std::vector<PyView>& tensors, const std::vector<double>& weights,
+                 const std::vector<double>& factors, const std::vector<int64_t>& thresholds,
+                 const std::vector<int64_t>& tie_quotas, const std::optional<PyView>& tie_ends, bool normalize,
+                 double scale, int compute, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    View o = view_of(out);
+    const int64_t n = int64_t(t.size()) - 1;
+    check_count(o.n, t[0].n, "elements of out");
+    check_count(int64_t(weights.size()), n, "weights");
+    check_count(int64_t(factors.size()), n, "factors");
+    auto s = selection_of(thresholds, tie_quotas, tie_ends, n, count_blocks(o.n, seme::cuda::kTile));
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::ties(t, weights, factors, s, normalize, scale, c, o, stream_of(stream));
+}
+
+static void trimmed_l1(const std::vector<PyView>& tensors, const std::vector<int64_t>& thresholds,
+                       const std::vector<int64_t>& tie_quotas, const std::optional<PyView>& tie_ends, int compute,
+                       const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    const int64_t n = int64_t(t.size()) - 1, blocks = seme::blocks(t[0].n);
+    auto s = selection_of(thresholds, tie_quotas, tie_ends, n, blocks);
+    auto* o = numbers<double>(out, blocks * n * 2, "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::trimmed_l1(t, s, c, o, stream_of(stream));
+}
+
+static void nonfinite(const std::vector<PyView>& tensors, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    auto* o = numbers<int64_t>(out, int64_t(t.size()), "elements of out");
+    py::gil_scoped_release release;
+    seme::cuda::nonfinite(t, o, stream_of(stream));
+}
+
+PYBIND11_MODULE(_C_cuda, m) {
+    m.doc() = "CUDA kernels of seme";
+    m.attr("BLOCK") = seme::kBlock;
+    m.attr("TILE") = seme::cuda::kTile;
+    m.attr("MAX_TENSORS") = seme::cuda::kMaxTensors;
+    m.def("weighted_sum", &weighted_sum);
+    m.def("task_vector_sum", &task_vector_sum);
+    m.def("inner_products", &inner_products);
+    m.def("magnitude_histogram", &magnitude_histogram);
+    m.def("block_ties", &block_ties);
+    m.def("ties", &ties);
+    m.def("trimmed_l1", &trimmed_l1);
+    m.def("nonfinite", &nonfinite);
+}

@@ -1,0 +1,7 @@
+"""``python -m seme``."""
+
+import sys
+
+from seme.cli import main
+
+sys.exit(main())

@@ -1,0 +1,62 @@
+"""Which file of a checkpoint folder holds which tensor: single files, shards and their index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from seme.errors import CheckpointError
+
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ``CheckpointError`` naming the file if it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not valid JSON: {str(e)[:200]}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files of a checkpoint and, for shards, the index's map from tensor to file name.
+
+    Searched in the order of mergekit and transformers: ``model.safetensors``, its index,
+    ``pytorch_model.bin``, its index.
+
+    Raises:
+        CheckpointError: no weights, a shard is missing, or the index points out of the folder.
+    """
+    for single in (SAFETENSORS, PICKLE):
+        if (folder / single).is_file():
+            return [folder / single], None
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return _shards(index)
+    hint = ""
+    if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
+        hint = "; this is a LoRA adapter: merge it into its base model first"
+    elif list(folder.glob("*.gguf")):
+        hint = "; GGUF files are quantised: use the original checkpoint"
+    raise CheckpointError(f"{folder}: no {SAFETENSORS} or {PICKLE}, nor an index of shards{hint}")
+
+
+def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map in it")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or "\\" in file:
+            raise CheckpointError(f"{index}: tensor {name[:200]}: file {str(file)[:100]!r} is not a name in the folder")
+    files = [index.parent / file for file in sorted(set(weight_map.values()))]
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing shard, listed in {index.name}; download it again")
+    return files, weight_map

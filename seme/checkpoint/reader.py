@@ -1,0 +1,146 @@
+"""Reading a checkpoint: its tensors by name, in file order, and their bytes by ranges.
+
+safetensors files are read with ``pread`` into the caller's buffers; no file is mapped. ``.bin`` files go
+through torch's weights-only loader, which maps them and refuses every pickle that is more than tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seme import dtypes
+from seme.checkpoint.index import read_json, weight_files
+from seme.checkpoint.safetensors import Stored, check_name, read_header
+from seme.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Checkpoint:
+    """An open checkpoint folder (or a single ``.safetensors`` / ``.bin`` file).
+
+    Attributes:
+        path: the folder.
+        tensors: every tensor by name, in the order of the files and their data.
+        config: contents of ``config.json``; empty if there is none.
+        files: the weight files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read headers, index and config; no tensor data.
+
+        Raises:
+            CheckpointError: anything missing, truncated, hostile or contradictory, with the file's name.
+        """
+        if path.is_file():
+            self.path, self.files, weight_map = path.parent, [path], None
+        elif path.is_dir():
+            self.path = path
+            self.files, weight_map = weight_files(path)
+        else:
+            raise CheckpointError(f"{path}: no such folder")
+        self.config: dict[str, Any] = {}
+        if (self.path / "config.json").is_file():
+            self.config = read_json(self.path / "config.json")
+        self._descriptors: dict[Path, int] = {}
+        self._loaded: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+        self.tensors: dict[str, Stored] = {}
+        for file in self.files:
+            listed = read_header(file) if file.suffix == ".safetensors" else self._load_pickle(file)
+            for t in listed:
+                if weight_map is not None and t.name not in weight_map:
+                    raise CheckpointError(f"{file}: tensor {t.name} is not in the index; rebuild the index")
+                if weight_map is not None and weight_map[t.name] != file.name:
+                    continue
+                self.tensors[t.name] = t
+        for name in weight_map or ():
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.path / weight_map[name]}: tensor {name} is missing, the index lists it here")
+        if not self.tensors:
+            raise CheckpointError(f"{self.path}: no tensors in {', '.join(f.name for f in self.files)}")
+
+    def _load_pickle(self, file: Path) -> list[Stored]:
+        import torch
+
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:
+            reason = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
+            raise CheckpointError(
+                f"{file}: refused by the weights-only loader ({reason}); convert it to safetensors where you trust it"
+            ) from e
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+        listed = []
+        for name, tensor in state.items() if isinstance(state, dict) else ():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+                raise CheckpointError(f"{file}: entry {str(name)[:100]!r} is not a dense tensor with a name")
+            check_name(file, name)
+            self._loaded[name] = tensor.detach()
+            nbytes = tensor.numel() * tensor.element_size()
+            listed.append(Stored(name, dtypes.from_torch(tensor.dtype), tuple(tensor.shape), file, 0, nbytes))
+        return listed
+
+    def shares_storage(self, a: str, b: str) -> bool:
+        """True if two tensors of a ``.bin`` checkpoint are one memory (tied weights)."""
+        if a not in self._loaded or b not in self._loaded:
+            return False
+        x, y = self._loaded[a], self._loaded[b]
+        return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() and x.storage_offset() == y.storage_offset()
+
+    def read_into(self, tensor: Stored, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of ``tensor`` from byte ``start`` on. Safe from many threads.
+
+        Raises:
+            CheckpointError: the file ended early, or the read failed.
+        """
+        if tensor.name in self._loaded:
+            self._copy_loaded(tensor.name, start, buffer)
+            return
+        done, want = 0, len(buffer)
+        try:
+            descriptor = self._descriptor(tensor.file)
+            while done < want:  # one call gives at most 2 GiB
+                got = os.preadv(descriptor, [buffer[done:]], tensor.offset + start + done)
+                if got == 0:
+                    raise CheckpointError(
+                        f"{tensor.file}: tensor {tensor.name}: file ends {want - done} bytes early; it changed while being read"
+                    )
+                done += got
+        except OSError as e:
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: read failed: {e.strerror}") from e
+
+    def _copy_loaded(self, name: str, start: int, buffer: memoryview) -> None:
+        import torch
+
+        tensor = self._loaded[name]
+        size = tensor.element_size()
+        if not tensor.is_contiguous():
+            with self._lock:
+                tensor = self._loaded[name] = self._loaded[name].contiguous()
+        flat = tensor.view(-1)[start // size : (start + len(buffer)) // size]
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat.view(torch.uint8))
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            return self._descriptors[file]
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+            self._loaded.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

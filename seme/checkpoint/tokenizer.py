@@ -1,0 +1,62 @@
+"""The tokenizer's files: which they are, and whether two models number their tokens alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from seme.checkpoint.index import read_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+
+MODEL_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "image_processor_config.json",
+)
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """Token to id from ``tokenizer.json`` (added tokens included) or ``vocab.json``; None without either."""
+    if (folder / "tokenizer.json").is_file():
+        data = read_json(folder / "tokenizer.json")
+        model = data.get("model")
+        vocab: Any = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocab, list):  # unigram: [[token, score], ...] in the order of ids
+            vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+        tokens = dict(vocab) if isinstance(vocab, dict) else {}
+        for token in data.get("added_tokens") or ():
+            tokens[token["content"]] = token["id"]
+        return tokens
+    if (folder / "vocab.json").is_file():
+        return read_json(folder / "vocab.json")
+    return None
+
+
+def first_difference(ours: Path, theirs: Path) -> str | None:
+    """The first token that two models number differently, in words; None if there is none or nothing to compare."""
+    a, b = vocabulary(ours), vocabulary(theirs)
+    if a is None or b is None or a == b:
+        return None
+    for token, number in a.items():
+        if b.get(token) != number:
+            return f"token {token!r} has id {number} there and {b.get(token, 'none')} here"
+    return f"{len(b) - len(a)} more tokens here"

@@ -1,0 +1,265 @@
+"""The command line: ``seme merge``, ``methods``, ``env``, ``demo``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seme import __version__
+from seme.errors import SemeError
+
+if TYPE_CHECKING:
+    from seme.engine import Progress
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0; 2 for a mistake of the user's; 1 for a fault; 130 when interrupted.
+    """
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        return code
+    except SemeError as e:
+        if args.debug:
+            raise
+        return _fail(args, str(e), 2)
+    except KeyboardInterrupt:
+        return _fail(args, "interrupted; nothing was written", 130)
+    except BrokenPipeError:
+        return 1
+    except Exception as e:
+        if args.debug:
+            raise
+        return _fail(args, f"{type(e).__name__}: {e} (a fault of seme's or the machine's; --debug shows where)", 1)
+
+
+def _fail(args: argparse.Namespace, message: str, code: int) -> int:
+    message = " ".join(message.split())
+    if getattr(args, "json", False):
+        print(json.dumps({"error": message, "exit_code": code}))
+    print(f"seme: error: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="seme", description="Merge language models without data and training.")
+    parser.add_argument("--version", action="version", version=f"seme {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_argument("--json", action="store_true", help="print JSON for machines")
+        sub.set_defaults(run=run)
+        return sub
+
+    merge = command("merge", _merge, "merge models as a mergekit-style YAML recipe says")
+    merge.add_argument("config", metavar="CONFIG", help="the recipe, a YAML file")
+    merge.add_argument("out", metavar="OUT", type=Path, help="the new model folder")
+    merge.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    merge.add_argument("--verbose", "-v", action="store_true", help="with --dry-run: every tensor and its parameters")
+    merge.add_argument("--overwrite", action="store_true", help="replace OUT if it is not empty, once the merge is complete")
+    merge.add_argument("--memory", default="256MiB", metavar="SIZE", help="limit of the buffers (default: %(default)s)")
+    merge.add_argument("--threads", type=int, metavar="N", help="chunks computed at once (default: all cores)")
+    merge.add_argument(
+        "--backend", default="auto", choices=("auto", "cpu", "torch", "triton", "cuda"), help="kernels to use (default: %(default)s)"
+    )
+    merge.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda[:N] (default: %(default)s)")
+    merge.add_argument("--out-shard-size", default="5GB", metavar="SIZE", help="largest output file (default: %(default)s)")
+    merge.add_argument(
+        "--nonfinite",
+        default="error",
+        choices=("error", "keep", "zero"),
+        help="inf or NaN in an input: stop, keep or replace by 0 (default: %(default)s)",
+    )
+    merge.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
+
+    methods = command("methods", _methods, "list the merge methods, or explain one")
+    methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
+
+    command("env", _env, "versions, devices, which backends work and why others do not")
+
+    demo = command("demo", _demo, "train three small models, merge two of them onto the third, compare")
+    demo.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder for models and result (default: seme-demo)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
+    demo.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    demo.add_argument("--quiet", "-q", action="store_true", help="print the table only")
+    return parser
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from seme import plan as planning
+    from seme.config import load
+    from seme.merging import make_options, run
+    from seme.runtime import choose
+    from seme.sizes import format_size, parse_size
+
+    options = make_options(args.memory, args.threads, args.nonfinite)
+    plan = planning.make(
+        load(Path(args.config)), args.out, parse_size(args.out_shard_size, "--out-shard-size"), args.overwrite
+    )
+    if args.dry_run:
+        from seme.report.plan import plan_as_dict, plan_as_text
+
+        backend, _ = choose(args.backend, args.device, options.threads)
+        if args.json:
+            print(json.dumps(plan_as_dict(plan, options, backend, args.verbose), indent=2))
+        else:
+            print(plan_as_text(plan, options, backend, args.verbose))
+        plan.close()
+        return 0
+    if not args.quiet and not args.json:
+        for note in plan.notes:
+            print(f"note: {note}")
+    display = _Display(quiet=args.quiet or args.json)
+    with display:
+        result = run(plan, args.out, options, args.backend, args.device, args.overwrite, display.update)
+    peak = _peak_memory()
+    if args.json:
+        found: dict[str, Any] = {
+            "path": str(result.path),
+            "tensors": result.tensors,
+            "bytes_read": result.bytes_read,
+            "bytes_written": result.bytes_written,
+            "seconds": result.seconds,
+            "backend": result.backend,
+            "peak_rss_bytes": peak,
+        }
+        print(json.dumps(found))
+    elif not args.quiet:
+        rate = (result.bytes_read + result.bytes_written) / max(result.seconds, 1e-9)
+        print(
+            f"{result.path}: {result.tensors} tensors, {format_size(result.bytes_written)} in {result.seconds:.1f} s "
+            f"({format_size(rate)}/s read and written), peak memory {format_size(peak)}"
+        )
+    return 0
+
+
+def _peak_memory() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Display:
+    """Progress: a bar on a terminal, a line every ten seconds elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.terminal = not quiet and sys.stderr.isatty()
+        self._said = time.monotonic()
+        self._bar: Any = None
+        self._row: Any = None
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, progress: Progress) -> None:
+        if self.quiet:
+            return
+        if self.terminal:
+            self._draw(progress)
+        elif time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            print(self._line(progress), file=sys.stderr, flush=True)
+
+    def _rate(self, progress: Progress) -> float:
+        return (progress.read + progress.written) / max(time.monotonic() - progress.started, 1e-9)
+
+    def _line(self, progress: Progress) -> str:
+        from seme.sizes import format_size
+
+        elapsed = time.monotonic() - progress.started
+        share = progress.done / max(progress.total, 1)
+        left = elapsed * (1 - share) / share if share > 0 else 0.0
+        return (
+            f"{share:4.0%}  {format_size(progress.done)} of {format_size(progress.total)} written, "
+            f"{format_size(self._rate(progress))}/s read and written, {left:.0f} s left"
+        )
+
+    def _draw(self, progress: Progress) -> None:
+        from seme.sizes import format_size
+
+        if self._bar is None:
+            if time.monotonic() - progress.started < 0.5:
+                return  # most small merges are over before a bar would help
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[memory]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._row = self._bar.add_task("merging", total=progress.total, rate="", memory="")
+            self._bar.start()
+        self._bar.update(
+            self._row,
+            completed=progress.done,
+            rate=f"{format_size(self._rate(progress))}/s",
+            memory=f"peak {format_size(_peak_memory())}",
+        )
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from seme.methods import get, methods
+
+    if args.name is None:
+        found = methods()
+        if args.json:
+            print(json.dumps({name: m.summary for name, m in found.items()}, indent=2))
+        else:
+            width = max(map(len, found))
+            for name, m in found.items():
+                print(f"{name:<{width}}  {m.summary}")
+        return 0
+    m = get(args.name)
+    rows = [
+        {"name": p.name, "type": p.kind.__name__, "scope": p.scope, "default": p.default, "doc": p.doc} for p in m.params
+    ]
+    if args.json:
+        print(json.dumps({"name": m.name, "summary": m.summary, "source": m.source, "parameters": rows}, indent=2))
+        return 0
+    print(f"{m.name}: {m.summary}\nsource: {m.source}")
+    print("base_model: " + ("required" if m.base == "required" else "optional, counts as one more input"))
+    for p in m.params:
+        default = "required" if p.required else f"default {p.default}"
+        scope = {"shared": "one value", "model": "per model", "expert": "per model, not the base"}[p.scope]
+        print(f"  {p.name} ({p.kind.__name__}, {scope}, {default}): {p.doc}")
+    return 0
+
+
+def _env(args: argparse.Namespace) -> int:
+    from seme.env import as_text, collect
+
+    found = collect()
+    print(json.dumps(found, indent=2) if args.json else as_text(found))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from seme.demo import run
+
+    found = run(args.out, seed=args.seed, overwrite=args.overwrite, quiet=args.quiet, as_json=args.json)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    return 0

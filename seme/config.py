@@ -1,0 +1,349 @@
+"""The recipe: mergekit's YAML schema, read into frozen dataclasses, every mistake named by its path in the file.
+
+Supported keys: ``merge_method``, ``models``, ``base_model``, ``parameters``, ``dtype``, ``out_dtype``,
+``tokenizer_source``, ``compat``. A key that is not known is an error, with the nearest known one.
+
+A parameter value is a scalar, a gradient (a list of scalars, interpolated over the layers), or a list of
+``{filter, value}`` conditions of which the first whose filter is part of the tensor's name holds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seme import dtypes
+from seme.checkpoint.hub import ModelRef, local_path
+from seme.dtypes import DType
+from seme.errors import ConfigError, brief
+
+Scalar = bool | int | float | str
+
+KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "compat")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One ``{filter, value}`` entry; ``filter`` None or ``*`` matches every tensor."""
+
+    filter: str | None
+    value: Scalar | tuple[Scalar, ...]
+
+    def matches(self, tensor: str) -> bool:
+        """True if the filter is a substring of the tensor's name."""
+        return self.filter is None or self.filter == "*" or self.filter in tensor
+
+
+Value = Scalar | tuple[Scalar, ...] | tuple[Condition, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as written, with the path of its entry for messages."""
+
+    value: Value
+    where: str
+
+    def at(self, tensor: str, t: float, kind: type) -> Scalar | None:
+        """The value for one tensor at relative depth ``t`` in [0, 1]; None if no condition matches.
+
+        Raises:
+            ConfigError: a value is not of type ``kind``.
+        """
+        value: Any = self.value
+        if isinstance(value, tuple) and value and isinstance(value[0], Condition):
+            value = next((c.value for c in value if c.matches(tensor)), ())
+        if isinstance(value, tuple):
+            anchors = tuple(convert(v, kind, self.where) for v in value)
+            return interpolate(anchors, t) if anchors else None
+        return convert(value, kind, self.where)
+
+
+def interpolate(values: tuple[Scalar, ...], t: float) -> Scalar:
+    """A gradient at relative depth ``t``: linear between the two nearest anchors; steps if any is a bool or string."""
+    last = len(values) - 1
+    if any(isinstance(v, (bool, str)) for v in values):
+        return values[int(t * last)]
+    s = t * last
+    low = int(s)
+    high = min(last, low + 1)
+    fraction = s - low
+    return (1 - fraction) * float(values[low]) + fraction * float(values[high])
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One entry of ``models``: the model and the parameters written under it."""
+
+    ref: ModelRef
+    parameters: Mapping[str, Parameter]
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """A recipe. ``source`` is its text, kept for the model card; ``compat`` is None or ``mergekit``."""
+
+    merge_method: str
+    models: tuple[ModelEntry, ...]
+    base_model: ModelRef | None
+    parameters: Mapping[str, Parameter]
+    dtype: DType | None
+    out_dtype: DType | None
+    tokenizer_source: ModelRef | None
+    compat: str | None
+    source: str
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'density'?`` or the list of what is known."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def load(config: Mapping[str, Any] | str | Path) -> MergeConfig:
+    """Read a recipe from a mapping, a YAML file, or YAML text (a string with a line break or a colon).
+
+    Raises:
+        ConfigError: anything wrong with it; the message begins with the place.
+    """
+    import yaml
+
+    if isinstance(config, Mapping):
+        data = _plain(config)
+        return _parse(data, yaml.safe_dump(data, sort_keys=False))
+    text = str(config)
+    is_file = isinstance(config, Path) or ("\n" not in text and (local_path(text) is not None or ": " not in text))
+    if is_file:
+        try:
+            text = Path(config).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{config}: recipe is not UTF-8 text") from e
+        except (OSError, ValueError, RuntimeError) as e:
+            raise ConfigError(f"{text[:300]}: recipe cannot be read: {getattr(e, 'strerror', e)}") from e
+    name = str(config) if is_file else "recipe"
+    try:
+        data = yaml.load(text, Loader=_unique_loader())
+    except Exception as e:  # besides YAMLError whatever int(), datetime() and the like say to a malformed scalar
+        mark = getattr(e, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark else ""
+        reason = getattr(e, "problem", None) or str(e).partition("\n")[0][:200] or type(e).__name__
+        raise ConfigError(f"{name}{place}: not valid YAML: {reason}") from e
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{name}: a recipe is a mapping with merge_method and models, found {type(data).__name__}")
+    return _parse(data, text)
+
+
+def _plain(value: Any) -> Any:
+    """A recipe given as Python objects, in the types that YAML gives: paths are text, tuples are lists."""
+    if isinstance(value, Mapping):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):  # without the subclasses of numpy and enum, which YAML does not write
+        if isinstance(value, kind):
+            return kind(value)
+    raise ConfigError(f"recipe: {brief(value)}: a recipe holds mappings, lists, numbers, true/false and text")
+
+
+def _unique_loader() -> Any:
+    """A safe YAML loader that refuses a key given twice.
+
+    It is the one in Python: the one in C crashes on deep nesting, where this one raises RecursionError.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def __init__(self, stream: Any) -> None:
+            super().__init__(stream)
+            self._checked: set[int] = set()
+
+        def flatten_mapping(self, node: Any) -> None:
+            # Called before the pairs of '<<' are put into the node; those may repeat a key.
+            if id(node) not in self._checked:
+                self._checked.add(id(node))
+                keys = [k for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
+                seen: set[str] = set()
+                for key in keys:
+                    if isinstance(key, yaml.ScalarNode):
+                        if key.value in seen:
+                            problem = f"key {key.value!r} is given twice"
+                            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                        seen.add(key.value)
+            super().flatten_mapping(node)  # type: ignore[no-untyped-call]
+
+    return Loader
+
+
+def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
+    for key in data:
+        if key not in KEYS:
+            raise ConfigError(f"{key}: unknown key{suggest(str(key), KEYS)}")
+    method = data.get("merge_method")
+    if not isinstance(method, str):
+        raise ConfigError("merge_method: missing; name a method, e.g. task_arithmetic ('seme methods' lists them)")
+    entries = data.get("models")
+    if not isinstance(entries, list) or not entries:
+        what = "missing" if not entries else brief(entries)
+        raise ConfigError(f"models: {what}; expected a list of {{model: PATH, parameters: {{...}}}}")
+    models = tuple(_entry(e, f"models[{i}]") for i, e in enumerate(entries))
+    for i, entry in enumerate(models):
+        if entry.ref in [m.ref for m in models[:i]]:
+            raise ConfigError(f"models[{i}]: {entry.ref} is listed twice")
+    base = _ref(data["base_model"], "base_model") if data.get("base_model") is not None else None
+    compat = data.get("compat")
+    if compat not in (None, "mergekit"):
+        raise ConfigError(f"compat: {brief(compat)}; the only value is 'mergekit'")
+    return MergeConfig(
+        merge_method=method,
+        models=models,
+        base_model=base,
+        parameters=_parameters(data.get("parameters"), "parameters"),
+        dtype=_dtype(data.get("dtype"), "dtype"),
+        out_dtype=_dtype(data.get("out_dtype"), "out_dtype"),
+        tokenizer_source=_tokenizer(data.get("tokenizer_source"), base, models),
+        compat=compat,
+        source=source,
+    )
+
+
+def _entry(entry: Any, where: str) -> ModelEntry:
+    if not isinstance(entry, Mapping) or "model" not in entry:
+        raise ConfigError(f"{where}: expected {{model: PATH, parameters: {{...}}}}, found {brief(entry)}")
+    for key in entry:
+        if key not in ("model", "parameters"):
+            raise ConfigError(f"{where}.{key}: unknown key{suggest(str(key), ('model', 'parameters'))}")
+    return ModelEntry(_ref(entry["model"], f"{where}.model"), _parameters(entry.get("parameters"), f"{where}.parameters"))
+
+
+def _ref(value: Any, where: str) -> ModelRef:
+    if isinstance(value, Mapping):
+        inner = value.get("model", value)
+        if value.get("lora") is not None:
+            raise ConfigError(f"{where}.lora: merge the adapter into its model first; a recipe takes whole models")
+        if not isinstance(inner, Mapping):
+            return _ref(inner, f"{where}.model")
+        for key in inner:
+            if key not in ("path", "revision"):
+                raise ConfigError(f"{where}.{key}: unknown key{suggest(str(key), ('path', 'revision'))}")
+        path, revision = inner.get("path"), inner.get("revision")
+        if not isinstance(path, str) or not path or not isinstance(revision, (str, type(None))):
+            raise ConfigError(f"{where}: expected {{path: PATH, revision: REVISION}}")
+        return ModelRef(path, revision)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{where}: expected a path or a hub id, found {brief(value)}")
+    if local_path(value) is not None:
+        return ModelRef(value)
+    if "+" in value:
+        raise ConfigError(f"{where}: {value}: merge the adapter after '+' into its model first; a recipe takes whole models")
+    path, at, revision = value.partition("@")
+    if "@" in revision or (at and not revision) or not path:
+        raise ConfigError(f"{where}: {value}: expected PATH or PATH@REVISION")
+    return ModelRef(path, revision or None)
+
+
+def _tokenizer(value: Any, base: ModelRef | None, models: tuple[ModelEntry, ...]) -> ModelRef | None:
+    where = "tokenizer_source"
+    if value is None:
+        return None
+    if value == "base":
+        return base if base is not None else models[0].ref
+    if value == "union":
+        raise ConfigError(f"{where}: union: choose 'base' or one of the models; vocabularies are merged as they are")
+    return _ref(value, where)
+
+
+def _dtype(value: Any, where: str) -> DType | None:
+    if value is None:
+        return None
+    names = [d.name for d in dtypes.MERGEABLE]
+    name = str(value).removeprefix("torch.")
+    if name not in names:
+        raise ConfigError(f"{where}: {brief(value)}: expected one of {', '.join(names)}")
+    return dtypes.BY_NAME[name]
+
+
+def _parameters(value: Any, where: str) -> Mapping[str, Parameter]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of parameters, found {brief(value)}")
+    found = {}
+    for name, v in value.items():
+        if v is not None:
+            found[str(name)] = Parameter(_value(v, f"{where}.{name}"), f"{where}.{name}")
+    return found
+
+
+def _scalar(value: Any, where: str) -> Scalar:
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(f"{where}: expected a number, true/false or text, found {brief(value)}")
+
+
+def _value(value: Any, where: str) -> Value:
+    if isinstance(value, Mapping):
+        return (_condition(value, where),)
+    if isinstance(value, (list, tuple)):
+        if value and isinstance(value[0], Mapping):
+            return tuple(_condition(v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(_scalar(v, f"{where}[{i}]") for i, v in enumerate(value))
+    return _scalar(value, where)
+
+
+def _condition(value: Any, where: str) -> Condition:
+    if not isinstance(value, Mapping) or "value" not in value or set(value) - {"filter", "value"}:
+        raise ConfigError(f"{where}: expected {{filter: TEXT, value: ...}}, found {brief(value)}")
+    text = value.get("filter")
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"{where}.filter: expected text, found {brief(text)}")
+    inner = value["value"]
+    if isinstance(inner, (list, tuple)):
+        return Condition(text, tuple(_scalar(v, f"{where}.value[{i}]") for i, v in enumerate(inner)))
+    return Condition(text, _scalar(inner, f"{where}.value"))
+
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+
+def convert(value: Scalar, kind: type, where: str) -> Scalar:
+    """A value as the type its parameter has; YAML's ``1e-5`` and ``"0.5"`` are text until here.
+
+    Raises:
+        ConfigError: not a value of that type, or not finite.
+    """
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if value in (0, 1):
+            return bool(value)
+        if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off"):
+            return value.lower() in ("true", "yes", "on")
+        raise ConfigError(f"{where}: {brief(value)}: expected true or false")
+    if kind in (int, float):
+        if isinstance(value, str) and _NUMBER.match(value.strip()):
+            value = float(value)
+        try:
+            number = math.nan if isinstance(value, (bool, str)) else float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ConfigError(f"{where}: {brief(value)}: expected a finite number")
+        if kind is float:
+            return number
+        if number != int(number):
+            raise ConfigError(f"{where}: {brief(value)}: expected a whole number")
+        return int(value)
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {brief(value)}: expected text")
+    return value

@@ -1,0 +1,397 @@
+"""The engine: runs a plan. Workers read a chunk of every input, compute, and write, each on buffers of its own.
+
+A tensor's passes are cut into chunks; the chunks of the current passes wait in one queue. A worker takes the
+next chunk and reads, computes and writes it, so while some workers wait for the disk others compute. When the
+last chunk of a pass is done, the method is told the result and gives the next pass. Memory is the workers'
+buffers; it depends on neither the model nor the tensor. The output's bytes depend on neither chunks nor workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from seme import dtypes
+from seme.checkpoint import Writer
+from seme.dtypes import DType
+from seme.errors import CheckpointError, ConfigError
+from seme.methods import Merge, Pass, Reduced
+from seme.native import BLOCK, View
+from seme.ops.nonfinite import OP as NONFINITE
+from seme.ops.nonfinite import zero_nonfinite_
+from seme.plan import Plan, TensorPlan
+from seme.runtime import Runtime
+
+INT64 = dtypes.BY_NAME["int64"]
+CHUNK_BYTES = 1 << 20
+"""Bytes of one input per chunk: large enough to hide the cost of a call, small enough to stay in the L2 cache."""
+SAMPLE_BLOCKS = 64
+UNLIMITED = 1 << 62
+"""Quotas from here on mean all; see the ops with ``tie_quotas``."""
+WAITING = 2
+"""Workers beyond the number of threads, so that computing goes on while some wait for the disk."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a merge; none of it changes the output's bytes, except ``nonfinite``.
+
+    Attributes:
+        memory: bytes for all buffers.
+        threads: chunks computed at once.
+        nonfinite: what to do about inf and NaN in an input: ``error``, ``keep`` or ``zero``.
+    """
+
+    memory: int = 1 << 28
+    threads: int = 1
+    nonfinite: str = "error"
+
+
+@dataclass
+class Progress:
+    """What has been done so far, for display."""
+
+    total: int
+    done: int = 0
+    read: int = 0
+    written: int = 0
+    tensor: str = ""
+    started: float = field(default_factory=time.monotonic)
+
+
+class Chunk(NamedTuple):
+    """Pieces of a tensor, ``(first element, elements)``, processed as one run of ``numel`` elements."""
+
+    index: int
+    pieces: tuple[tuple[int, int], ...]
+    numel: int
+
+
+def chunk_bytes(plan: Plan, options: Options) -> int:
+    """Bytes of each buffer under the memory limit.
+
+    Raises:
+        ConfigError: the limit is too small for one block per buffer.
+    """
+    buffers = (len(plan.models) + 1) * (options.threads + WAITING)
+    least = BLOCK * 8
+    size = min(CHUNK_BYTES, options.memory // buffers)
+    if size < least:
+        raise ConfigError(
+            f"--memory: {options.memory} bytes are too few for {buffers} buffers; give at least {buffers * least}"
+        )
+    return size // least * least
+
+
+def peak_memory(plan: Plan, options: Options) -> int:
+    """Bytes of buffers that the merge will hold."""
+    return chunk_bytes(plan, options) * (len(plan.models) + 1) * (options.threads + WAITING)
+
+
+class _Task:
+    """One tensor on its way through its method's passes."""
+
+    def __init__(self, plan: TensorPlan, merge: Merge | None, capacity: int) -> None:
+        self.plan = plan
+        self.merge = merge
+        self.capacity = capacity
+        self.current: Pass | None = None
+        self.scanned = False
+        self.open = 0
+
+    def begin(self, pass_: Pass) -> list[Chunk]:
+        self.current = pass_
+        chunks = self._sample() if pass_.sample else self._whole()
+        self.open = len(chunks)
+        self.seen = sum(c.numel for c in chunks)
+        self.partial: dict[int, array[Any]] = {}
+        self.shape: tuple[int, ...] = pass_.result.shape
+        self.counted: dict[int, list[int]] = {-1: [0] * (len(pass_.inputs) - 1)}
+        self.turn = threading.Condition()
+        return chunks
+
+    def _whole(self) -> list[Chunk]:
+        numel = self.plan.group.numel
+        starts = range(0, numel, self.capacity)
+        return [
+            Chunk(i, ((at, min(self.capacity, numel - at)),), min(self.capacity, numel - at))
+            for i, at in enumerate(starts)
+        ]
+
+    def _sample(self) -> list[Chunk]:
+        count = self.plan.group.numel // BLOCK
+        n = min(SAMPLE_BLOCKS, self.capacity // BLOCK, count)
+        if n == 0:
+            return self._whole()
+        pieces = tuple((count * i // n * BLOCK, BLOCK) for i in range(n))
+        return [Chunk(0, pieces, n * BLOCK)]
+
+    def reduced(self) -> Reduced:
+        assert self.current is not None
+        if self.current.op.ordered:
+            data = array("d")
+            for i in range(len(self.partial)):
+                data.extend(self.partial[i])
+        else:
+            parts = list(self.partial.values())
+            data = parts[0]
+            for other in parts[1:]:
+                _add(data, other)
+        return Reduced(data, self.shape, self.seen)
+
+
+def _add(total: array[int], other: array[int]) -> None:
+    from seme import native
+
+    if native.why_not("_C") is None:
+        native.module().add_int64(total.buffer_info()[0], other.buffer_info()[0], len(total))
+    else:
+        for i, value in enumerate(other):
+            total[i] += value
+
+
+class Engine:
+    """Runs one plan into one writer."""
+
+    def __init__(
+        self, plan: Plan, writer: Writer, make_runtime: Callable[[int, int], Runtime], options: Options
+    ) -> None:
+        self.plan, self.writer, self.options = plan, writer, options
+        self.size = chunk_bytes(plan, options)
+        self.make_runtime = make_runtime
+        self.progress = Progress(total=sum(t.spec.numel * t.spec.dtype.itemsize for t in plan.tensors))
+        self._pending: Iterator[TensorPlan] = iter(plan.tensors)
+        self._ready: deque[tuple[_Task, Chunk]] = deque()
+        self._active = 0
+        self._lock = threading.Condition()
+        self._computing = threading.Semaphore(options.threads)
+        self._error: BaseException | None = None
+        self._worker_ids = itertools.count()
+
+    def run(self, watch: Callable[[Progress], None] | None = None) -> None:
+        """Run to the end; ``watch`` is called about ten times a second.
+
+        Raises:
+            SemeError: the first error of any worker. KeyboardInterrupt stops all workers and is passed on.
+        """
+        workers = [threading.Thread(target=self._work) for _ in range(self.options.threads + WAITING)]
+        for worker in workers:
+            worker.start()
+        try:
+            while any(w.is_alive() for w in workers):
+                for worker in workers:
+                    worker.join(0.1 / len(workers))
+                if watch is not None:
+                    watch(self.progress)
+        except BaseException as e:
+            self._fail(e)
+            raise
+        finally:
+            for worker in workers:
+                worker.join()
+        if self._error is not None:
+            raise self._error
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._ready.clear()
+            self._lock.notify_all()
+
+    def _work(self) -> None:
+        worker = next(self._worker_ids)
+        try:
+            runtime = self.make_runtime(len(self.plan.models), self.size)
+            while True:
+                job = self._take()
+                if job is None:
+                    return
+                task, chunk = job
+                self._chunk(runtime, worker, task, chunk)
+                with self._lock:
+                    task.open -= 1
+                    last = task.open == 0
+                if last:
+                    self._advance(task, task.reduced() if task.current and not task.current.writes else None)
+        except BaseException as e:
+            self._fail(e)
+
+    def _take(self) -> tuple[_Task, Chunk] | None:
+        """The next chunk, else the first chunk of the next tensor; None when nothing is left."""
+        while True:
+            with self._lock:
+                while not self._ready:
+                    if self._error is not None:
+                        return None
+                    plan = next(self._pending, None)
+                    if plan is not None:
+                        self._active += 1
+                        break
+                    if self._active == 0:
+                        self._lock.notify_all()
+                        return None
+                    self._lock.wait()
+                else:
+                    return self._ready.popleft()
+            self._start(plan)
+
+    def _start(self, plan: TensorPlan) -> None:
+        widest = max([s.dtype.itemsize for s in plan.sources] + [plan.spec.dtype.itemsize])
+        capacity = self.size // widest // BLOCK * BLOCK
+        self.progress.tensor = plan.name
+        task = _Task(plan, None, capacity)
+        if plan.spec.numel == 0:
+            self._finished(task)
+        elif plan.copy:
+            self._copy(plan)
+            self._finished(task)
+        else:
+            task.merge = self.plan.method.merge(plan.group, **plan.arguments)
+            self._advance(task, None)
+
+    def _advance(self, task: _Task, result: Reduced | None) -> None:
+        """Tell the method the result of its pass and queue the next one."""
+        assert task.merge is not None
+        try:
+            # The type of send() has no None, yet a generator that has not begun accepts nothing else.
+            pass_ = next(task.merge) if result is None and task.current is None else task.merge.send(result)  # type: ignore[arg-type]
+        except StopIteration:
+            self._finished(task)
+            return
+        chunks = task.begin(pass_)
+        with self._lock:
+            # In front of other tensors, in order: a chunk with a countdown waits for the one before it.
+            self._ready.extendleft((task, c) for c in reversed(chunks))
+            self._lock.notify_all()
+
+    def _finished(self, task: _Task) -> None:
+        with self._lock:
+            self._active -= 1
+            self._lock.notify_all()
+
+    def _copy(self, plan: TensorPlan) -> None:
+        source = plan.sources[0]
+        buffer = bytearray(min(self.size, source.nbytes))
+        for start in range(0, source.nbytes, len(buffer)):
+            piece = memoryview(buffer)[: min(len(buffer), source.nbytes - start)]
+            self.plan.models[0].checkpoint.read_into(source, start, piece)
+            self.writer.write(plan.name, start, piece)
+            self._count(0, len(piece))
+
+    def _count(self, read: int, written: int) -> None:
+        with self._lock:
+            self.progress.read += read
+            self.progress.written += written
+            self.progress.done += written
+
+    def _chunk(self, runtime: Runtime, worker: int, task: _Task, chunk: Chunk) -> None:
+        pass_, plan = task.current, task.plan
+        assert pass_ is not None
+        inputs = [(i, plan.sources[i].dtype) for i in pass_.inputs]
+        read = self._read(runtime, plan, inputs, chunk)
+        with self._computing:
+            if self.options.nonfinite != "keep":
+                self._check_finite(runtime, plan, inputs, chunk)
+            params = pass_.params
+        if pass_.countdown is not None:
+            params = self._count_down(runtime, task, chunk, inputs)
+        if pass_.writes:
+            dtype = pass_.result.dtype
+            with self._computing:
+                out = View(runtime.output.address, chunk.numel, dtype)
+                runtime.run(pass_.op, params, inputs, chunk.numel, out, (chunk.numel,))
+            written = runtime.output.memory[: chunk.numel * dtype.itemsize]
+            self.writer.write(plan.name, chunk.pieces[0][0] * dtype.itemsize, written)
+            self._count(read, len(written))
+            return
+        with self._computing:
+            into, shape = self._result(task, worker, chunk)
+            out = View(into.buffer_info()[0], len(into), pass_.result.dtype)
+            runtime.run(pass_.op, params, inputs, chunk.numel, out, shape)
+        self._count(read, 0)
+
+    def _read(self, runtime: Runtime, plan: TensorPlan, inputs: list[tuple[int, DType]], chunk: Chunk) -> int:
+        total = 0
+        for i, dtype in inputs:
+            at = 0
+            for start, n in chunk.pieces:
+                piece = runtime.inputs[i].memory[at : at + n * dtype.itemsize]
+                self.plan.models[i].checkpoint.read_into(plan.sources[i], start * dtype.itemsize, piece)
+                at += len(piece)
+            total += at
+        return total
+
+    def _result(self, task: _Task, worker: int, chunk: Chunk) -> tuple[array[Any], tuple[int, ...]]:
+        """Memory for a reduction's result: per worker if it adds up, per chunk if blocks are kept in order."""
+        pass_ = task.current
+        assert pass_ is not None
+        shape = pass_.result.shape
+        if pass_.op.ordered:
+            shape = (-(-chunk.numel // BLOCK), *shape[1:])
+        key = chunk.index if pass_.op.ordered else worker
+        if key not in task.partial:
+            count = 1
+            for size in shape:
+                count *= size
+            task.partial[key] = array("q" if pass_.result.dtype == INT64 else "d", bytes(8 * count))
+        return task.partial[key], shape
+
+    def _count_down(self, runtime: Runtime, task: _Task, chunk: Chunk, inputs: list[tuple[int, DType]]) -> dict[str, Any]:
+        """The pass's parameters with its quotas lowered by what the chunks before this one hold.
+
+        Chunks are taken in order, so the one before is done or in the hands of another worker; it never waits for
+        a later one.
+        """
+        pass_ = task.current
+        assert pass_ is not None
+        countdown = pass_.countdown
+        assert countdown is not None
+        counts = array("q", bytes(8 * (len(inputs) - 1)))
+        with self._computing:
+            out = View(counts.buffer_info()[0], len(counts), INT64)
+            runtime.run(countdown.op, countdown.params, inputs, chunk.numel, out, (len(counts),))
+        with task.turn:
+            while chunk.index - 1 not in task.counted:
+                if self._error is not None:
+                    raise self._error
+                task.turn.wait(0.1)
+            before = task.counted.pop(chunk.index - 1)
+            task.counted[chunk.index] = [a + b for a, b in zip(before, counts)]
+            task.turn.notify_all()
+        quotas = [
+            quota if quota >= UNLIMITED else max(0, quota - used)
+            for quota, used in zip(pass_.params[countdown.parameter], before)
+        ]
+        return {**pass_.params, countdown.parameter: quotas}
+
+    def _check_finite(self, runtime: Runtime, plan: TensorPlan, inputs: list[tuple[int, DType]], chunk: Chunk) -> None:
+        if self.options.nonfinite == "zero":
+            zero_nonfinite_([View(runtime.inputs[i].address, chunk.numel, dtype) for i, dtype in inputs])
+            return
+        counts = array("q", bytes(8 * len(inputs)))
+        out = View(counts.buffer_info()[0], len(counts), INT64)
+        runtime.run(NONFINITE, {}, inputs, chunk.numel, out, (len(counts),))
+        for (i, _), count in zip(inputs, counts):
+            if count:
+                source = plan.sources[i]
+                raise CheckpointError(
+                    f"{source.file}: tensor {source.name}: {self._total_nonfinite(runtime, plan, i)} of "
+                    f"{source.numel} elements are inf or NaN; repair the model, or pass --nonfinite keep or zero"
+                )
+
+    def _total_nonfinite(self, runtime: Runtime, plan: TensorPlan, i: int) -> int:
+        """Count them in the whole tensor, for the message."""
+        source = plan.sources[i]
+        counts = array("q", [0])
+        for start in range(0, source.nbytes, self.size):
+            memory = runtime.inputs[i].memory[: min(self.size, source.nbytes - start)]
+            self.plan.models[i].checkpoint.read_into(source, start, memory)
+            out = View(counts.buffer_info()[0], 1, INT64)
+            runtime.run(NONFINITE, {}, [(i, source.dtype)], len(memory) // source.dtype.itemsize, out, (1,))
+        return counts[0]

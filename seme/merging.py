@@ -1,0 +1,147 @@
+"""``seme.merge``: from a recipe to a model folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seme import plan as planning
+from seme.checkpoint import Writer
+from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
+from seme.config import load
+from seme.dtypes import DType
+from seme.engine import Engine, Options, Progress, chunk_bytes
+from seme.errors import ConfigError
+from seme.plan import Plan
+from seme.report.card import model_card
+from seme.runtime import choose
+from seme.sizes import parse_size
+
+NONFINITE = ("error", "keep", "zero")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did: the folder, its tensors and bytes, the seconds it took, and the backend it ran on."""
+
+    path: Path
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    backend: str
+
+
+def default_threads() -> int:
+    """Cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def merge(
+    config: Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    memory: str | int = "256MiB",
+    threads: int | None = None,
+    backend: str = "auto",
+    device: str = "cpu",
+    overwrite: bool = False,
+    out_shard_size: str | int = "5GB",
+    nonfinite: str = "error",
+    watch: Callable[[Progress], None] | None = None,
+) -> MergeResult:
+    """Merge models as a recipe says and write the result as a Hugging Face model folder.
+
+    Args:
+        config: the recipe: a mapping, a YAML file, or YAML text. See ``docs/`` for its keys.
+        out: the new folder; it appears whole when all is on disk, or not at all.
+        memory: limit of the buffers, e.g. ``"1GiB"``; the peak of the process is about 60 MB above.
+        threads: chunks computed at once; default: the cores of this process.
+        backend: auto, cpu, torch, triton or cuda.
+        device: cpu or cuda[:N].
+        overwrite: replace an existing, non-empty folder once the new one is complete.
+        out_shard_size: largest output file, bytes or e.g. ``"5GB"``.
+        nonfinite: inf or NaN in an input: ``error`` (named with tensor and count), ``keep`` or ``zero``.
+        watch: called about ten times a second with the progress.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SemeError: a mistake in recipe, checkpoints or target; the target is as it was.
+    """
+    options = make_options(memory, threads, nonfinite)
+    plan = planning.make(load(config), Path(out), parse_size(out_shard_size, "out_shard_size"), overwrite)
+    return run(plan, Path(out), options, backend, device, overwrite, watch)
+
+
+def make_options(memory: str | int, threads: int | None, nonfinite: str) -> Options:
+    """Checked :class:`Options`; :class:`ConfigError` names the option that is wrong."""
+    if nonfinite not in NONFINITE:
+        raise ConfigError(f"nonfinite: {nonfinite!r}; expected one of {', '.join(NONFINITE)}")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads: {threads}; expected at least 1")
+    return Options(parse_size(memory, "memory"), threads or default_threads(), nonfinite)
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    options: Options,
+    backend: str = "auto",
+    device: str = "cpu",
+    overwrite: bool = False,
+    watch: Callable[[Progress], None] | None = None,
+) -> MergeResult:
+    """Run a plan made for the folder ``out``; see :func:`merge`."""
+    chunk_bytes(plan, options)
+    chosen, make_runtime = choose(backend, device, options.threads)
+    try:
+        with Writer(out.absolute(), plan.layout, overwrite) as writer:
+            engine = Engine(plan, writer, make_runtime, options)
+            engine.run(watch)
+            _write_small_files(plan, writer, out.name)
+            writer.commit()
+    finally:
+        plan.close()
+    import time
+
+    done = engine.progress
+    return MergeResult(out, len(plan.tensors), done.read, done.written, time.monotonic() - done.started, chosen)
+
+
+def _write_small_files(plan: Plan, writer: Writer, name: str) -> None:
+    donor = plan.models[plan.donor].checkpoint.path
+    writer.index()
+    config = plan.models[plan.donor].checkpoint.config
+    if config:
+        writer.json("config.json", with_dtype(config, plan.out_dtype))
+    for file in MODEL_FILES:
+        if (donor / file).is_file():
+            writer.copy(donor / file)
+    if config.get("auto_map"):
+        for code in sorted(donor.glob("*.py")):
+            writer.copy(code)
+    for file in TOKENIZER_FILES:
+        if (plan.tokenizer / file).exists():
+            writer.copy(plan.tokenizer / file)
+    writer.text("README.md", model_card(plan, name))
+    writer.text("seme_config.yml", plan.config.source.rstrip() + "\n")
+
+
+def with_dtype(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
+    """config.json with the output's dtype, under the key it uses (``dtype``, or ``torch_dtype`` of older files),
+    in the nested configs of multimodal models as well."""
+    found = {k: with_dtype(v, dtype) if k.endswith("_config") and isinstance(v, Mapping) else v for k, v in config.items()}
+    for key in ("dtype", "torch_dtype"):
+        if found.get(key) is not None:
+            found[key] = dtype.name
+    if "architectures" in config and not {"dtype", "torch_dtype"} & set(k for k, v in found.items() if v is not None):
+        found["torch_dtype"] = dtype.name
+    return found

@@ -1,0 +1,120 @@
+"""The exact magnitude threshold of a tensor's task vectors, without sorting and without holding them.
+
+A float's bits without the sign grow with its magnitude, so the k-th largest magnitude is found by counting bits
+in a window of 65536 bins. A sample places the window; one full pass then usually settles it, because a bin that
+holds a single distinct value needs no refinement. Where it does not, the window moves or narrows and the pass is
+repeated: the answer is exact in every case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+
+from seme import dtypes
+from seme.methods._passes import Countdown, Group, Pass, Reduced
+from seme.ops.magnitude_histogram import OP as MAGNITUDE_HISTOGRAM
+from seme.ops.magnitude_histogram import find
+from seme.ops.tie_counts import OP as TIE_COUNTS
+
+BINS = 65536
+EVERY = (0, 2**62)
+"""Threshold and quota that keep every element."""
+NONE = (2**63 - 1, 0)
+"""Threshold and quota that keep no element."""
+SAMPLE_FROM = 1 << 20
+"""Elements below which a sample saves nothing."""
+
+Cut = tuple[int, int]
+
+
+def key_bits(compute: dtypes.DType) -> int:
+    """Bits of a magnitude in the compute dtype."""
+    return compute.itemsize * 8 - 1
+
+
+def kept_count(density: float, numel: int) -> int:
+    """How many elements a density keeps: at least one of a nonempty tensor, as in mergekit."""
+    return max(1, int(density * numel))
+
+
+def _window(low: int, high: int) -> tuple[int, int]:
+    """The window of bins that covers keys [low, high): lowest key and log2 of keys per bin."""
+    return low, max(0, math.ceil(math.log2(max(1, high - low))) - 16)
+
+
+def _first_windows(group: Group, counts: dict[int, int]) -> Generator[Pass, Reduced, dict[int, tuple[int, int]]]:
+    bits = key_bits(group.compute_dtype)
+    whole = _window(0, 1 << bits)
+    if whole[1] == 0 or group.numel < SAMPLE_FROM:
+        return dict.fromkeys(counts, whole)
+    order = list(counts)
+    assert group.base is not None
+    sample = yield group.reduce(
+        MAGNITUDE_HISTOGRAM,
+        (group.base, *order),
+        sample=True,
+        lowest=[whole[0]] * len(order),
+        shift=[whole[1]] * len(order),
+    )
+    windows = {}
+    for row, expert in enumerate(order):
+        rank = counts[expert] * sample.numel / group.numel
+        # Four standard deviations of an independent sample, and 1 % because neighbours are not independent.
+        margin = 4 * math.sqrt(rank * max(0.0, 1 - rank / sample.numel)) + 0.01 * sample.numel
+        low, _ = find(sample.data, row, min(sample.numel, int(rank + margin)))
+        high, _ = find(sample.data, row, max(1, int(rank - margin)))
+        windows[expert] = _window(low << whole[1], (high + 1) << whole[1])
+    return windows
+
+
+def cuts(group: Group, density: Sequence[float]) -> Generator[Pass, Reduced, list[Cut]]:
+    """For every expert the threshold key and how many elements equal to it are kept, in element order.
+
+    Exactly ``max(1, int(density * numel))`` elements remain: those that a stable descending sort by magnitude
+    would put first. Density >= 1 keeps all, <= 0 none.
+    """
+    found: dict[int, Cut] = {}
+    wanted: dict[int, int] = {}
+    for expert, d in zip(group.experts, density):
+        if d >= 1 or d <= 0:
+            found[expert] = EVERY if d >= 1 else NONE
+        else:
+            wanted[expert] = kept_count(d, group.numel)
+    windows = (yield from _first_windows(group, wanted)) if wanted else {}
+    end = 1 << key_bits(group.compute_dtype)
+    while windows:
+        order = list(windows)
+        assert group.base is not None
+        histogram = yield group.reduce(
+            MAGNITUDE_HISTOGRAM,
+            (group.base, *order),
+            lowest=[windows[e][0] for e in order],
+            shift=[windows[e][1] for e in order],
+        )
+        columns = histogram.shape[1]
+        for row, expert in enumerate(order):
+            k, (lowest, shift) = wanted[expert], windows.pop(expert)
+            beyond, mixed = histogram.data[row * columns + BINS], histogram.data[row * columns + BINS + 1]
+            if beyond >= k:
+                windows[expert] = _window(lowest + (BINS << shift), end)
+                continue
+            bin_, above = find(histogram.data, row, k - beyond)
+            key = lowest + (bin_ << shift)
+            if bin_ < 0:
+                windows[expert] = _window(0, lowest)
+            elif shift == 0 or mixed == 0:
+                quota = k - beyond - above
+                # Where all of a tie remain there is nothing to count along the tensor.
+                found[expert] = (key, quota if quota < histogram.data[row * columns + bin_] else EVERY[1])
+            else:
+                windows[expert] = _window(key, key + (1 << shift))
+    return [found[e] for e in group.experts]
+
+
+def countdown(group: Group, found: Sequence[Cut]) -> Countdown | None:
+    """What lets chunks share the quotas of :func:`cuts`; None if no quota binds."""
+    if all(quota in (EVERY[1], NONE[1]) for _, quota in found):
+        return None
+    params = group.check(TIE_COUNTS, thresholds=[threshold for threshold, _ in found])
+    return Countdown(TIE_COUNTS, params, "tie_quotas")

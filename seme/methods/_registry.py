@@ -1,0 +1,166 @@
+"""The registry of merge methods, and what a method's signature says about its parameters."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from seme.errors import ConfigError
+from seme.methods._passes import Merge
+
+if TYPE_CHECKING:
+    import torch
+
+PerModel = Annotated[list[float], "model"]
+"""A float for every input, the base included."""
+
+PerExpert = Annotated[list[float], "expert"]
+"""A float for every input but the base."""
+
+Scope = Literal["shared", "model", "expert"]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a method: its name in recipes, type, scope, default (None: required) and description."""
+
+    name: str
+    kind: type
+    scope: Scope
+    default: Any
+    doc: str
+
+    @property
+    def required(self) -> bool:
+        """True if a recipe must give it."""
+        return self.default is None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered merge method.
+
+    Attributes:
+        name: its name in recipes.
+        merge: the generator of passes; see :mod:`seme.methods._passes`.
+        reference: the same in float64 torch, as the paper writes it.
+        params: read from the signature of ``merge``.
+        base: ``required``; or ``input``: a configured base model is one more input.
+        min_inputs, max_inputs: how many models it takes, the base included; None: no limit.
+        summary: first line of the docstring of its module.
+        source: paper or page.
+    """
+
+    name: str
+    merge: Callable[..., Merge]
+    reference: Callable[..., torch.Tensor]
+    params: tuple[Param, ...]
+    base: Literal["required", "input"]
+    min_inputs: int
+    max_inputs: int | None
+    summary: str
+    source: str
+
+    def param(self, name: str) -> Param | None:
+        """The parameter of that name, if the method has it."""
+        return next((p for p in self.params if p.name == name), None)
+
+
+def _docs(function: Callable[..., Any]) -> dict[str, str]:
+    """Descriptions under ``Args:`` of a Google-style docstring."""
+    found: dict[str, str] = {}
+    current = None
+    lines = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")[2].splitlines()
+    for line in lines:
+        if line and not line.startswith(" "):
+            break
+        body = line.strip()
+        if line.startswith("    ") and not line.startswith("     ") and ":" in body:
+            current, _, text = body.partition(":")
+            found[current] = text.strip()
+        elif current and body:
+            found[current] += " " + body
+    return found
+
+
+def _params(function: Callable[..., Any]) -> tuple[Param, ...]:
+    hints = get_type_hints(function, include_extras=True)
+    docs = _docs(function)
+    params = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint = hints[name]
+        scope: Scope = "shared"
+        kind: Any = hint
+        if get_origin(hint) is Annotated:
+            scope, kind = hint.__metadata__[0], float
+        if kind not in (bool, int, float, str):
+            raise TypeError(f"parameter {name}: {hint} is not bool, int, float, str, PerModel or PerExpert")
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        public = name.rstrip("_")
+        if public not in docs and name not in docs:
+            raise TypeError(f"parameter {name} is not described under Args")
+        params.append(Param(public, kind, scope, default, docs.get(public) or docs[name]))
+    return tuple(params)
+
+
+def method(
+    name: str,
+    *,
+    reference: Callable[..., torch.Tensor],
+    source: str,
+    base: Literal["required", "input"] = "required",
+    min_inputs: int = 1,
+    max_inputs: int | None = None,
+) -> Callable[[Callable[..., Merge]], Callable[..., Merge]]:
+    """Register the decorated generator as a merge method. Its keyword parameters are the recipe's parameters.
+
+    A trailing underscore of a parameter's name is dropped in recipes (``lambda_`` is ``lambda``).
+    """
+
+    def register(function: Callable[..., Merge]) -> Callable[..., Merge]:
+        if name in _METHODS:
+            raise ConfigError(f"merge method {name!r} is registered twice")
+        module = inspect.getmodule(function)
+        summary = inspect.cleandoc((module.__doc__ if module else None) or "").partition("\n")[0]
+        _METHODS[name] = Method(
+            name, function, reference, _params(function), base, min_inputs, max_inputs, summary, source
+        )
+        return function
+
+    return register
+
+
+_METHODS: dict[str, Method] = {}
+_discovered = False
+
+
+def methods() -> dict[str, Method]:
+    """All merge methods by name: seme's own and those of the entry point group ``seme.methods``."""
+    global _discovered
+    if not _discovered:
+        _discovered = True
+        import seme.methods
+
+        for info in pkgutil.iter_modules(seme.methods.__path__):
+            if not info.name.startswith("_"):
+                importlib.import_module(f"seme.methods.{info.name}")
+        for point in entry_points(group="seme.methods"):
+            point.load()
+    return dict(sorted(_METHODS.items()))
+
+
+def get(name: str) -> Method:
+    """The method of that name; :class:`ConfigError` with the nearest name if there is none."""
+    from seme.config import suggest
+
+    known = methods()
+    if name not in known:
+        raise ConfigError(f"merge_method: unknown method {name!r}{suggest(name, known)}")
+    return known[name]

@@ -1,0 +1,66 @@
+"""A plan as people and machines read it: what ``seme merge --dry-run`` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from seme.engine import Options, peak_memory
+from seme.sizes import format_size
+
+if TYPE_CHECKING:
+    from seme.plan import Plan
+
+
+def plan_as_dict(plan: Plan, options: Options, backend: str, verbose: bool = False) -> dict[str, Any]:
+    """Numbers and names of a plan; with ``verbose`` every tensor and its parameters."""
+    found: dict[str, Any] = {
+        "method": plan.method.name,
+        "models": [str(m.ref) for m in plan.models],
+        "base_model": str(plan.config.base_model) if plan.config.base_model else None,
+        "tokenizer": str(plan.tokenizer),
+        "tensors": len(plan.tensors),
+        "parameters": sum(t.spec.numel for t in plan.tensors),
+        "copied_tensors": [t.name for t in plan.tensors if t.copy],
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "buffer_bytes": peak_memory(plan, options),
+        "threads": options.threads,
+        "backend": backend,
+        "out_dtype": plan.out_dtype.name,
+        "shards": dict(zip(plan.layout.files, plan.layout.sizes)),
+        "notes": list(plan.notes),
+    }
+    if verbose:
+        found["per_tensor"] = [
+            {
+                "name": t.name,
+                "shape": list(t.spec.shape),
+                "dtype": [s.dtype.name for s in t.group.inputs],
+                "compute_dtype": t.group.compute_dtype.name,
+                "out_dtype": t.spec.dtype.name,
+                "parameters": {k.rstrip("_"): v for k, v in t.arguments.items()},
+            }
+            for t in plan.tensors
+        ]
+    return found
+
+
+def plan_as_text(plan: Plan, options: Options, backend: str, verbose: bool = False) -> str:
+    """The same as lines of text."""
+    d = plan_as_dict(plan, options, backend, verbose)
+    lines = [
+        f"method    {d['method']}",
+        f"models    {', '.join(d['models'])}",
+        f"base      {d['base_model'] or '(none)'}",
+        f"tokenizer {d['tokenizer']}",
+        f"tensors   {d['tensors']} with {d['parameters']:,} parameters, out dtype {d['out_dtype']}",
+        f"read      {format_size(d['bytes_read'])} (each input once)",
+        f"write     {format_size(d['bytes_written'])} in {len(d['shards'])} shard(s)",
+        f"memory    {format_size(d['buffer_bytes'])} of buffers, {d['threads']} thread(s), backend {d['backend']}",
+    ]
+    lines += [f"  {name}  {format_size(size)}" for name, size in d["shards"].items()]
+    lines += [f"note      {note}" for note in d["notes"]]
+    for t in d.get("per_tensor", ()):
+        parameters = " ".join(f"{k}={v}" for k, v in t["parameters"].items()) or "copy"
+        lines.append(f"  {t['name']} {t['shape']} {t['compute_dtype']}->{t['out_dtype']} {parameters}")
+    return "\n".join(lines)

@@ -1,0 +1,174 @@
+"""``seme.merge_state_dicts``: the merge methods on models in memory."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from seme import dtypes
+from seme.config import convert, suggest
+from seme.errors import ConfigError, SemeError
+from seme.methods import Group, Method, Param, Pass, Reduced, get
+from seme.ops._op import Spec
+
+if TYPE_CHECKING:
+    import torch
+
+    StateDict = Mapping[str, torch.Tensor]
+
+
+def merge_state_dicts(
+    models: Mapping[Hashable, StateDict | torch.nn.Module] | Sequence[StateDict | torch.nn.Module],
+    method: str,
+    *,
+    base: Hashable | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    threads: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Merge state dicts (or modules) tensor by tensor; the inputs are not changed.
+
+    Args:
+        models: a sequence, or a mapping from an id to a model.
+        method: name of a merge method; ``seme methods`` lists them.
+        base: id (or index) of the base model; methods on task vectors need it.
+        parameters: by name. A parameter that has one value per model takes a sequence in the order of the models
+            it applies to (all, or all but the base), a mapping by id, or one number for all.
+        dtype: computation dtype, the inputs are cast to it; default: float32, or float64 if an input is float64.
+        out_dtype: dtype of the result; default: ``dtype``, else the promoted dtype of the inputs.
+        backend: auto, torch, cpu, triton or cuda.
+        threads: CPU threads; 0 takes ``torch.get_num_threads()``.
+
+    Returns:
+        The merged tensors in the order of the first model (of the base, if there is one). Tensors that are not
+        floating point are copied if all models agree.
+
+    Raises:
+        SemeError: keys or shapes differ, a parameter is unknown or missing, a method or backend does not exist.
+    """
+    import torch
+
+    found = get(method)
+    if isinstance(models, Mapping):
+        ids: list[Hashable] = list(models)
+        values = list(models.values())
+    else:
+        values = list(models)
+        ids = list(range(len(values)))
+    states = [v.state_dict() if isinstance(v, torch.nn.Module) else v for v in values]
+    if base is not None and base not in ids:
+        raise ConfigError(f"base: {base!r} is not one of the models; known: {', '.join(map(repr, ids))}")
+    index = ids.index(base) if base is not None else None
+    if found.base == "required" and index is None:
+        raise ConfigError(f"base: missing; {method} works relative to it")
+    if found.base == "input":
+        index = None
+    _check_count(found, len(states))
+    arguments = _arguments(found, parameters or {}, ids, index)
+    first = states[ids.index(base) if base is not None else 0]
+    for model_id, state in zip(ids, states):
+        for name in [*first, *state]:
+            if name not in state or name not in first:
+                raise SemeError(f"models[{model_id!r}]: tensor {name} is not in all models")
+    return {
+        name: _merge_one(found, name, [s[name] for s in states], index, arguments, dtype, out_dtype, backend, threads)
+        for name in first
+    }
+
+
+def _check_count(method: Method, count: int) -> None:
+    if count < method.min_inputs or (method.max_inputs is not None and count > method.max_inputs):
+        most = "or more" if method.max_inputs is None else f"to {method.max_inputs}"
+        raise ConfigError(f"models: {method.name} takes {method.min_inputs} {most}, base included; found {count}")
+
+
+def _arguments(
+    method: Method, parameters: Mapping[str, Any], ids: list[Hashable], base: int | None
+) -> dict[str, Any]:
+    known = [p.name for p in method.params]
+    for name in parameters:
+        if name not in known:
+            raise ConfigError(f"parameters.{name}: {method.name} has no such parameter{suggest(name, known)}")
+    arguments = {}
+    for param in method.params:
+        value = parameters.get(param.name, param.default)
+        if value is None:
+            raise ConfigError(f"parameters.{param.name}: missing; {param.doc}")
+        key = "lambda_" if param.name == "lambda" else param.name
+        if param.scope == "shared":
+            arguments[key] = convert(value, param.kind, f"parameters.{param.name}")
+        else:
+            chosen = [i for i in range(len(ids)) if param.scope == "model" or i != base]
+            arguments[key] = _per_input(param, value, [ids[i] for i in chosen])
+    return arguments
+
+
+def _per_input(param: Param, value: Any, ids: list[Hashable]) -> list[Any]:
+    where = f"parameters.{param.name}"
+    if isinstance(value, Mapping):
+        missing = [i for i in ids if i not in value and param.default is None]
+        if missing:
+            raise ConfigError(f"{where}: no value for model {missing[0]!r}")
+        value = [value.get(i, param.default) for i in ids]
+    elif isinstance(value, (int, float, str)):
+        value = [value] * len(ids)
+    value = list(value)
+    if len(value) != len(ids):
+        raise ConfigError(f"{where}: {len(value)} values for {len(ids)} models")
+    return [convert(v, param.kind, where) for v in value]
+
+
+def _merge_one(
+    method: Method,
+    name: str,
+    tensors: list[torch.Tensor],
+    base: int | None,
+    arguments: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+    backend: str,
+    threads: int,
+) -> torch.Tensor:
+    import torch
+
+    specs = tuple(Spec(tuple(t.shape), dtypes.from_torch(t.dtype)) for t in tensors)
+    for i, spec in enumerate(specs):
+        if spec.shape != specs[0].shape:
+            raise SemeError(f"tensor {name}: model {i} has shape {list(spec.shape)}, model 0 has {list(specs[0].shape)}")
+    if not all(s.dtype.mergeable for s in specs):
+        if not all(torch.equal(t, tensors[0]) and t.dtype == tensors[0].dtype for t in tensors):
+            raise SemeError(f"tensor {name} ({specs[0].dtype}): not floating point and not equal in all models")
+        return tensors[0].clone()
+    stored = dtypes.promote([s.dtype for s in specs])
+    compute = dtypes.from_torch(dtype) if dtype is not None else dtypes.arithmetic(stored)
+    result = dtypes.from_torch(out_dtype) if out_dtype is not None else compute if dtype is not None else stored
+    group = Group(name, specs, base, compute, result)
+    merged = torch.empty(specs[0].shape, dtype=result.to_torch(), device=tensors[0].device)
+    if merged.numel() == 0:
+        return merged
+    merge = method.merge(group, **arguments)
+    pass_ = next(merge)
+    while True:
+        out = _run(pass_, tensors, merged, backend, threads)
+        try:
+            # The whole tensor is one chunk, so quotas need no counting down and a sample is everything.
+            pass_ = merge.send(out) if out is not None else next(merge)
+        except StopIteration:
+            return merged
+
+
+def _run(pass_: Pass, tensors: list[torch.Tensor], merged: torch.Tensor, backend: str, threads: int) -> Reduced | None:
+    import torch
+
+    inputs = [tensors[i].detach() for i in pass_.inputs]
+    if pass_.writes:
+        pass_.op.run(inputs, merged, backend, threads, pass_.params)
+        return None
+    out = torch.zeros(pass_.result.shape, dtype=pass_.result.dtype.to_torch(), device=merged.device)
+    pass_.op.run(inputs, out, backend, threads, pass_.params)
+    data: array[Any] = array("q" if pass_.result.dtype.name == "int64" else "d")
+    data.frombytes(out.cpu().numpy().tobytes())
+    return Reduced(data, tuple(out.shape), merged.numel())

@@ -1,0 +1,279 @@
+"""Small checkpoints of several architectures, written tensor by tensor.
+
+Names, shapes and configs are those that transformers gives these architectures. Sizes are odd where the architecture
+allows it. No model is ever instantiated, so no transformers is imported. Every family has a base model and three
+fine-tunes that differ in kind:
+
+- ``a``: every element moved a little (a tenth of the weights' spread);
+- ``b``: 30 % of the elements moved, the others equal the base's, and the whole first MLP tensor unchanged;
+- ``c``: every element moved as far as the weights are spread, so that the angle to the base is 45 degrees.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+Shapes = dict[str, tuple[int, ...]]
+MEMBERS = ("base", "a", "b", "c")
+SPREAD = 0.02
+
+
+def _decoder(config: Mapping[str, Any], *, biases: bool, head: bool) -> Shapes:
+    """llama, mistral and qwen2."""
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    narrow = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        for name, rows in (("q", hidden), ("k", narrow), ("v", narrow)):
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, hidden)
+            if biases:
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{layer}self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[f"{layer}mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{layer}mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{layer}input_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if head:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def _gpt2(config: Mapping[str, Any]) -> Shapes:
+    hidden = config["n_embd"]
+    shapes: Shapes = {
+        "transformer.wte.weight": (config["vocab_size"], hidden),
+        "transformer.wpe.weight": (config["n_positions"], hidden),
+    }
+    for i in range(config["n_layer"]):
+        layer = f"transformer.h.{i}."
+        for name, rows, columns in (
+            ("attn.c_attn", hidden, 3 * hidden),
+            ("attn.c_proj", hidden, hidden),
+            ("mlp.c_fc", hidden, config["n_inner"]),
+            ("mlp.c_proj", config["n_inner"], hidden),
+        ):
+            shapes[f"{layer}{name}.weight"] = (rows, columns)
+            shapes[f"{layer}{name}.bias"] = (columns,)
+        for name in ("ln_1", "ln_2"):
+            shapes[f"{layer}{name}.weight"] = shapes[f"{layer}{name}.bias"] = (hidden,)
+    shapes["transformer.ln_f.weight"] = shapes["transformer.ln_f.bias"] = (hidden,)
+    return shapes
+
+
+def _bert(config: Mapping[str, Any]) -> Shapes:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    shapes: Shapes = {
+        "embeddings.position_ids": (1, config["max_position_embeddings"]),
+        "embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
+        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], hidden),
+        "embeddings.LayerNorm.weight": (hidden,),
+        "embeddings.LayerNorm.bias": (hidden,),
+        "pooler.dense.weight": (hidden, hidden),
+        "pooler.dense.bias": (hidden,),
+    }
+    for i in range(config["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}."
+        for name, rows, columns in (
+            ("attention.self.query", hidden, hidden),
+            ("attention.self.key", hidden, hidden),
+            ("attention.self.value", hidden, hidden),
+            ("attention.output.dense", hidden, hidden),
+            ("intermediate.dense", inner, hidden),
+            ("output.dense", hidden, inner),
+        ):
+            shapes[f"{layer}{name}.weight"] = (rows, columns)
+            shapes[f"{layer}{name}.bias"] = (rows,)
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes[f"{layer}{name}.weight"] = shapes[f"{layer}{name}.bias"] = (hidden,)
+    return shapes
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture at one size.
+
+    Attributes:
+        config: config.json, without a dtype.
+        shapes: tensors from the config.
+        words: what recipes call the parts of this architecture: ``$attention``, ``$mlp``, ``$second`` (its second layer).
+    """
+
+    config: Mapping[str, Any]
+    shapes: Callable[[Mapping[str, Any]], Shapes]
+    words: Mapping[str, str]
+
+
+_LLAMA_WORDS = {"attention": "self_attn", "mlp": "mlp", "second": "layers.1."}
+_SMALL = {
+    "hidden_size": 24,
+    "intermediate_size": 37,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+
+FAMILIES = {
+    "llama": Family(
+        {**_SMALL, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4},
+        lambda c: _decoder(c, biases=False, head=True),
+        _LLAMA_WORDS,
+    ),
+    "mistral": Family(  # a single layer: the end of every gradient
+        {**_SMALL, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_hidden_layers": 1},
+        lambda c: _decoder(c, biases=False, head=True),
+        _LLAMA_WORDS,
+    ),
+    "qwen2": Family(
+        {
+            **_SMALL,
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "num_hidden_layers": 3,
+            "tie_word_embeddings": True,
+        },
+        lambda c: _decoder(c, biases=True, head=False),
+        _LLAMA_WORDS,
+    ),
+    "gpt2": Family(
+        {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_embd": 24,
+            "n_inner": 37,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 19,
+            "vocab_size": 61,
+        },
+        _gpt2,
+        {"attention": "attn", "mlp": "mlp", "second": "h.1."},
+    ),
+    "bert": Family(
+        {
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "hidden_size": 24,
+            "intermediate_size": 37,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "vocab_size": 61,
+            "max_position_embeddings": 19,
+            "type_vocab_size": 2,
+        },
+        _bert,
+        {"attention": "attention", "mlp": "intermediate", "second": "layer.1."},
+    ),
+    # An embedding of more than 2^20 elements: several chunks, and a sample before the TIES histogram.
+    "wide": Family(
+        {
+            **_SMALL,
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_size": 32,
+            "vocab_size": 33001,
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": True,
+        },
+        lambda c: _decoder(c, biases=True, head=False),
+        _LLAMA_WORDS,
+    ),
+}
+
+
+def _values(family: str, member: str) -> dict[str, torch.Tensor]:
+    """float32 values of a model; position_ids in int64, the same in every member."""
+    generator = torch.Generator().manual_seed(zlib.crc32(family.encode()))
+    moves = torch.Generator().manual_seed(zlib.crc32(f"{family} {member}".encode()))
+    words = FAMILIES[family].words
+    untouched = None
+    values = {}
+    for name, shape in FAMILIES[family].shapes(FAMILIES[family].config).items():
+        if name.endswith("position_ids"):
+            values[name] = torch.arange(shape[-1]).reshape(shape)
+            continue
+        x = SPREAD * torch.randn(shape, generator=generator)
+        if name.endswith(".bias"):
+            x.zero_()  # as a model begins
+        elif len(shape) == 1:
+            x += 1  # the weight of a norm
+        move = SPREAD * torch.randn(shape, generator=moves)
+        if member == "a":
+            x += 0.1 * move
+        elif member == "b":
+            chosen = torch.rand(shape, generator=moves) < 0.3
+            if untouched is None and words["mlp"] in name:
+                untouched = name
+            if name != untouched:
+                x += 0.3 * move * chosen
+        elif member == "c":
+            x += move
+        values[name] = x
+    return values
+
+
+def tokenizer_files(size: int, note: str) -> dict[str, Any]:
+    """A word-level tokenizer of ``size`` tokens; ``note`` tells one model's files from another's."""
+    vocabulary = {"[UNK]": 0, **{f"t{i}": i for i in range(1, size)}}
+    return {
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": None,
+            "decoder": None,
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+        },
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "note": note},
+        "special_tokens_map.json": {"unk_token": "[UNK]"},
+        "generation_config.json": {"note": note},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def write(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], shards: int = 1) -> Path:
+    """A model folder, in one file or in shards with an index."""
+    folder.mkdir(parents=True)
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        weight_map = {}
+        for i in range(shards):
+            file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+            part = dict(list(tensors.items())[i::shards])
+            save_file(part, folder / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(part, file))
+        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def make(folder: Path, family: str, member: str, dtype: str) -> Path:
+    """One model of a family, stored in ``dtype``. Member ``b`` lies in two shards, the others in one file."""
+    kind = getattr(torch, dtype)
+    tensors = {k: v.to(kind) if v.is_floating_point() else v for k, v in _values(family, member).items()}
+    config = {**FAMILIES[family].config, "dtype": dtype}
+    write(folder, tensors, config, shards=2 if member == "b" else 1)
+    for name, value in tokenizer_files(config["vocab_size"], f"{family} {member}").items():
+        write_json(folder / name, value)
+    return folder
