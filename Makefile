@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 demo:  ## the main job on models made on the spot
 	@scripts/setup.sh demo
-	$(BIN)/seme demo
+	$(BIN)/seme demo --overwrite
 
 test:  ## the whole suite
 	@scripts/setup.sh test
@@ -23,12 +23,12 @@ lint:  ## every check of .pre-commit-config.yaml on every tracked file
 	@scripts/setup.sh test,dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pre_commit run --all-files
 
-bench:  ## the benchmarks
-	@scripts/setup.sh test
-	$(BIN)/python -m pytest benchmarks
+bench:  ## the ops against plain torch; docs/benchmarks.md has the rest
+	@scripts/setup.sh test,bench
+	$(BIN)/python -m pytest benchmarks/test_ops.py
 
 setup:  ## the environment of development
-	@scripts/setup.sh test,dev
+	@scripts/setup.sh test,bench,dev
 
 clean:  ## what builds and tools leave behind, the environment excepted
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -456,10 +456,11 @@ def scratch_folder(folder: Path | None, keep: bool) -> Iterator[Path]:
     try:
         yield scratch
     finally:
-        for name in ("config.yaml", "log"):
-            (scratch / name).unlink(missing_ok=True)
-        for name in ("output", ".output.seme-staging"):
-            shutil.rmtree(scratch / name, ignore_errors=True)
+        for path in (scratch / "config.yaml", scratch / "log", scratch / "output", *scratch.glob(".output.seme-*")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         if keep:
             print(f"kept: {scratch}")
         elif folder is None:

@@ -33,6 +33,7 @@ ELEMENTS = 64 * MIB
 DENSITY = 0.2
 WEIGHTS = (0.5, 0.3, 0.2)
 ALL = 1 << 62
+NARROW = 21
 
 Tensors = list[torch.Tensor]
 
@@ -128,6 +129,17 @@ def torch_magnitude_histogram(tensors: Tensors) -> Tensors:
     return [torch.bincount((t - base).abs_().view(torch.int16).to(torch.int32), minlength=1 << 15) for t in tuned]
 
 
+def torch_narrow_histogram(tensors: Tensors, lowest: int) -> Tensors:
+    """Counts of float32 magnitudes in 65536 bins from ``lowest`` on, and of those below and above."""
+    base, *tuned = tensors
+    base = base.float()
+    counts = []
+    for tensor in tuned:
+        bins = tensor.float().sub_(base).abs_().view(torch.int32).sub_(lowest) >> (NARROW - 16)
+        counts.append(torch.bincount(bins.clamp_(-1, 65536).add_(1), minlength=65538))
+    return counts
+
+
 def torch_tie_counts(tensors: Tensors, key: int) -> Tensors:
     """How many entries of each task vector lie on the threshold."""
     base, *tuned = tensors
@@ -152,6 +164,8 @@ def torch_nonfinite(tensors: Tensors) -> Tensors:
 def cases(key: int) -> dict[str, Case]:
     """All cases; ``key`` is the threshold that the trimming ones use."""
     three = [key] * 3
+    # In float32 the keys do not all fit: a window of 2^NARROW of them, with the threshold in its middle.
+    lowest = (key << 16) - (1 << NARROW >> 1)
 
     # About one element in a hundred lies on the threshold; a quota of one in a thousand cuts among them.
     def ties_with_quota(t: Tensors, **o: Any) -> torch.Tensor:
@@ -177,6 +191,12 @@ def cases(key: int) -> dict[str, Case]:
             False,
             bf16(ops.magnitude_histogram, lowest=[0] * 3, shift=[0] * 3),
             torch_magnitude_histogram,
+        ),
+        "magnitude_histogram 1+3, narrow": Case(
+            4,
+            False,
+            lambda t, **o: ops.magnitude_histogram(t[0], t[1:], lowest=[lowest] * 3, shift=[NARROW - 16] * 3, **o),
+            lambda t: torch_narrow_histogram(t, lowest),
         ),
         "tie_counts 1+3": Case(4, False, bf16(ops.tie_counts, thresholds=three), lambda t: torch_tie_counts(t, key)),
         "trimmed_l1 1+3": Case(

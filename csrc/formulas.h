@@ -59,7 +59,7 @@ struct Window {
         return {Key(uint64_t(lowest) <= greatest ? uint64_t(lowest) : greatest + 1),
                 Key(last < greatest ? last : greatest), s, Key((uint64_t(1) << s) - 1)};
     }
-    SEME_HD bool holds(Key key) const { return key >= lowest && key <= last; }
+    SEME_HD bool holds(Key key) const { return (key >= lowest) & (key <= last); }
     SEME_HD bool passed(Key key) const { return key > last; }
     SEME_HD Key bin(Key key) const { return (key - lowest) >> shift; }
     SEME_HD Key rest(Key key) const { return (key - lowest) & mask; }
@@ -71,15 +71,15 @@ template <class C>
 struct Ties {
     using T = typename C::T;
     using V = TaskVector<C>;
-    static SEME_HD T term(T w, T d, bool kept, T factor) { return C::round(w * V::scale(kept ? d : T(0), factor)); }
-    // The elected sign: +1 for a sum of 0, and -1 for NaN.
-    static SEME_HD T sign(T sum) { return C::round(sum) >= T(0) ? T(1) : T(-1); }
+    static SEME_HD T term(T w, T d, bool kept, T factor) { return C::round(w * V::scale(keep_if(kept, d), factor)); }
+    // The elected sign: 1 or -1; +1 for a sum of 0, -1 for NaN.
+    static SEME_HD T sign(T sum) { return T(-1) + keep_if(C::round(sum) >= T(0), T(2)); }
     // 1 where a term has the elected sign, else 0; 0 and NaN never agree. Terms and weights are multiplied by it
     // before they are summed, so a NaN goes through to the result.
-    static SEME_HD T agrees(T term, T sign) { return term * sign > T(0) ? T(1) : T(0); }
+    static SEME_HD T agrees(T term, T sign) { return keep_if(term * sign > T(0), T(1)); }
     static SEME_HD T mean(T num, T den) {
-        const T s = C::round(num), d = C::round(den);
-        return C::round(s / (d == T(0) ? T(1) : d));
+        const T d = C::round(den);
+        return C::round(C::round(num) / (d + keep_if(d == T(0), T(1))));
     }
     static SEME_HD T finish(T b, T num, T den, bool normalize, T scale) {
         return V::add(b, V::scale(normalize ? mean(num, den) : C::round(num), scale));

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <type_traits>
 
 #include "seme.h"
 
@@ -24,6 +25,13 @@ SEME_HD To bit_cast(From x) {
     return y;
 }
 
+// x if `keep`, else 0: by its bits, because compilers make a branch of `keep ? x : 0` and then do not vectorise.
+template <class T>
+SEME_HD T keep_if(bool keep, T x) {
+    using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+    return bit_cast<T>(bit_cast<Bits>(x) & -Bits(keep));
+}
+
 struct bf16 {
     uint16_t bits;
 };
@@ -36,7 +44,8 @@ SEME_HD float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16);
 SEME_HD bf16 to_bf16(float x) {
     uint32_t u = bit_cast<uint32_t>(x);
     uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-    return {uint16_t((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
+    uint32_t nan = 0u - uint32_t((u & 0x7FFFFFFFu) > 0x7F800000u);
+    return {uint16_t((rounded & ~nan) | (0x7FC0u & nan))};
 }
 
 // fp16 has 5 exponent bits and 10 mantissa bits. Shifting them into an fp32's places leaves the

@@ -50,12 +50,13 @@ def magnitude_histogram_kernel(tensors, integers, counts, n, COMPUTE: tl.constex
         zero = inside & (key == 0)
         zeros = tl.sum(zero.to(tl.int64), axis=0)
         beyond = tl.sum((counted & (bin >= BINS)).to(tl.int64), axis=0)
-        rest = tl.reduce(tl.where(inside, above - (bin << shift), 0), 0, _bitwise_or).to(tl.int64)
         one = tl.full([BLOCK], 1, tl.int64)
         tl.atomic_add(row + bin, one, mask=inside & (key != 0), sem="relaxed")
         tl.atomic_add(row, zeros, mask=zeros > 0, sem="relaxed")
         tl.atomic_add(row + BINS, beyond, mask=beyond > 0, sem="relaxed")
-        tl.atomic_or(row + BINS + 1, rest, mask=rest != 0, sem="relaxed")
+        if shift > 0:
+            rest = tl.reduce(tl.where(inside, above - (bin << shift), 0), 0, _bitwise_or).to(tl.int64)
+            tl.atomic_or(row + BINS + 1, rest, mask=rest != 0, sem="relaxed")
 
 
 def launch(

@@ -104,7 +104,7 @@ def magnitude_key(x, COMPUTE: tl.constexpr):
     if COMPUTE == "float64":
         return tl.minimum(x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF, 0x7FF8000000000000)
     elif COMPUTE == "float16":
-        return (x.to(tl.float16).to(tl.uint16, bitcast=True) & 0x7FFF).to(tl.int32)
+        return tl.minimum((x.to(tl.float16).to(tl.uint16, bitcast=True) & 0x7FFF).to(tl.int32), 0x7E00)
     elif COMPUTE == "bfloat16":
         return (x.to(tl.int32, bitcast=True) >> 16) & 0x7FFF
     else:

@@ -25,7 +25,18 @@ if TYPE_CHECKING:
 
 @triton.jit
 def trimmed_l1_kernel(
-    base, x, integers, tie_ends, out, n, i, count, blocks, RANKED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+    base,
+    x,
+    integers,
+    tie_ends,
+    out,
+    n,
+    i,
+    count,
+    blocks,
+    RANKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The sums of |delta| and of the kept |delta| of input i = x, at out[block, i].
 
@@ -37,8 +48,11 @@ def trimmed_l1_kernel(
     threshold = key_bound(tl.load(integers + 2 * i), COMPUTE)
     quota = tl.load(integers + 2 * i + 1)
     if RANKED:
-        quota -= tl.load(tie_ends + i * blocks + block - 1, mask=block > 0, other=0)
-    seen = tl.zeros([], dtype=tl.int64)  # ties in the rows before
+        before = tl.load(tie_ends + i * blocks + block - 1, mask=block > 0, other=0)
+        here = tl.load(tie_ends + i * blocks + block) - before
+        quota -= before
+        ends_here = (quota > 0) & (quota < here)
+    seen = tl.zeros([], dtype=tl.int32)  # ties in the rows before
     everything = tl.zeros([64], dtype=tl.float64)
     kept = tl.zeros([64], dtype=tl.float64)
     for row in tl.range(0, BLOCK // 64, loop_unroll_factor=8):
@@ -48,14 +62,14 @@ def trimmed_l1_kernel(
         key = magnitude_key(delta, COMPUTE)
         size = tl.abs(delta).to(tl.float64)
         tie = key == threshold
-        if RANKED:
-            ties = tie.to(tl.int64)
-            tie = tie & (seen + tl.cumsum(ties, 0) <= quota)
-            seen += tl.sum(ties, axis=0)
-        else:
-            tie = tie & (quota > 0)
+        keep = (key > threshold) | (tie & (quota > 0))
+        if RANKED:  # noqa: SIM102 (the outer condition is known when the kernel is compiled)
+            if ends_here:
+                ties = tie.to(tl.int32)
+                keep = (key > threshold) | (tie & (seen + tl.cumsum(ties, 0) <= quota))
+                seen += tl.sum(ties, axis=0)
         everything += size
-        kept += tl.where((key > threshold) | tie, size, 0.0)
+        kept += tl.where(keep, size, 0.0)
     entry = out + (block * count + i) * 2
     tl.store(entry, fold_lanes(everything))
     tl.store(entry + 1, fold_lanes(kept))

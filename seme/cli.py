@@ -67,14 +67,21 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("out", metavar="OUT", type=Path, help="the new model folder")
     merge.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     merge.add_argument("--verbose", "-v", action="store_true", help="with --dry-run: every tensor and its parameters")
-    merge.add_argument("--overwrite", action="store_true", help="replace OUT if it is not empty, once the merge is complete")
+    merge.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it is not empty, once the merge is complete"
+    )
     merge.add_argument("--memory", default="256MiB", metavar="SIZE", help="limit of the buffers (default: %(default)s)")
     merge.add_argument("--threads", type=int, metavar="N", help="chunks computed at once (default: all cores)")
     merge.add_argument(
-        "--backend", default="auto", choices=("auto", "cpu", "torch", "triton", "cuda"), help="kernels to use (default: %(default)s)"
+        "--backend",
+        default="auto",
+        choices=("auto", "cpu", "torch", "triton", "cuda"),
+        help="kernels to use (default: %(default)s)",
     )
     merge.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda[:N] (default: %(default)s)")
-    merge.add_argument("--out-shard-size", default="5GB", metavar="SIZE", help="largest output file (default: %(default)s)")
+    merge.add_argument(
+        "--out-shard-size", default="5GB", metavar="SIZE", help="largest output file (default: %(default)s)"
+    )
     merge.add_argument(
         "--nonfinite",
         default="error",
@@ -89,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     command("env", _env, "versions, devices, which backends work and why others do not")
 
     demo = command("demo", _demo, "train three small models, merge two of them onto the third, compare")
-    demo.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder for models and result (default: seme-demo)")
+    demo.add_argument(
+        "out", metavar="OUT", type=Path, nargs="?", help="folder for models and result (default: seme-demo)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
     demo.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     demo.add_argument("--quiet", "-q", action="store_true", help="print the table only")
@@ -234,7 +243,8 @@ def _methods(args: argparse.Namespace) -> int:
         return 0
     m = get(args.name)
     rows = [
-        {"name": p.name, "type": p.kind.__name__, "scope": p.scope, "default": p.default, "doc": p.doc} for p in m.params
+        {"name": p.name, "type": p.kind.__name__, "scope": p.scope, "default": p.default, "doc": p.doc}
+        for p in m.params
     ]
     if args.json:
         print(json.dumps({"name": m.name, "summary": m.summary, "source": m.source, "parameters": rows}, indent=2))

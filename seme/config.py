@@ -180,15 +180,13 @@ def _unique_loader() -> Any:
                             problem = f"key {key.value!r} is given twice"
                             raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                         seen.add(key.value)
-            super().flatten_mapping(node)  # type: ignore[no-untyped-call]
+            super().flatten_mapping(node)
 
     return Loader
 
 
 def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
-    for key in data:
-        if key not in KEYS:
-            raise ConfigError(f"{key}: unknown key{suggest(str(key), KEYS)}")
+    _check_keys(data, KEYS, "")
     method = data.get("merge_method")
     if not isinstance(method, str):
         raise ConfigError("merge_method: missing; name a method, e.g. task_arithmetic ('seme methods' lists them)")
@@ -217,13 +215,24 @@ def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
     )
 
 
+def _name(key: Any) -> str:
+    """A key as messages show it; YAML's may be numbers and dates as well."""
+    return key[:100] if isinstance(key, str) else brief(key)
+
+
+def _check_keys(mapping: Mapping[Any, Any], known: tuple[str, ...], prefix: str) -> None:
+    for key in mapping:
+        if key not in known:
+            raise ConfigError(f"{prefix}{_name(key)}: unknown key{suggest(_name(key), known)}")
+
+
 def _entry(entry: Any, where: str) -> ModelEntry:
     if not isinstance(entry, Mapping) or "model" not in entry:
         raise ConfigError(f"{where}: expected {{model: PATH, parameters: {{...}}}}, found {brief(entry)}")
-    for key in entry:
-        if key not in ("model", "parameters"):
-            raise ConfigError(f"{where}.{key}: unknown key{suggest(str(key), ('model', 'parameters'))}")
-    return ModelEntry(_ref(entry["model"], f"{where}.model"), _parameters(entry.get("parameters"), f"{where}.parameters"))
+    _check_keys(entry, ("model", "parameters"), f"{where}.")
+    return ModelEntry(
+        _ref(entry["model"], f"{where}.model"), _parameters(entry.get("parameters"), f"{where}.parameters")
+    )
 
 
 def _ref(value: Any, where: str) -> ModelRef:
@@ -233,9 +242,7 @@ def _ref(value: Any, where: str) -> ModelRef:
             raise ConfigError(f"{where}.lora: merge the adapter into its model first; a recipe takes whole models")
         if not isinstance(inner, Mapping):
             return _ref(inner, f"{where}.model")
-        for key in inner:
-            if key not in ("path", "revision"):
-                raise ConfigError(f"{where}.{key}: unknown key{suggest(str(key), ('path', 'revision'))}")
+        _check_keys(inner, ("path", "revision"), f"{where}.")
         path, revision = inner.get("path"), inner.get("revision")
         if not isinstance(path, str) or not path or not isinstance(revision, (str, type(None))):
             raise ConfigError(f"{where}: expected {{path: PATH, revision: REVISION}}")
@@ -245,7 +252,9 @@ def _ref(value: Any, where: str) -> ModelRef:
     if local_path(value) is not None:
         return ModelRef(value)
     if "+" in value:
-        raise ConfigError(f"{where}: {value}: merge the adapter after '+' into its model first; a recipe takes whole models")
+        raise ConfigError(
+            f"{where}: {value}: merge the adapter after '+' into its model first; a recipe takes whole models"
+        )
     path, at, revision = value.partition("@")
     if "@" in revision or (at and not revision) or not path:
         raise ConfigError(f"{where}: {value}: expected PATH or PATH@REVISION")
@@ -267,7 +276,7 @@ def _dtype(value: Any, where: str) -> DType | None:
     if value is None:
         return None
     names = [d.name for d in dtypes.MERGEABLE]
-    name = str(value).removeprefix("torch.")
+    name = value.removeprefix("torch.") if isinstance(value, str) else None
     if name not in names:
         raise ConfigError(f"{where}: {brief(value)}: expected one of {', '.join(names)}")
     return dtypes.BY_NAME[name]
@@ -279,9 +288,10 @@ def _parameters(value: Any, where: str) -> Mapping[str, Parameter]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected a mapping of parameters, found {brief(value)}")
     found = {}
-    for name, v in value.items():
+    for key, v in value.items():
         if v is not None:
-            found[str(name)] = Parameter(_value(v, f"{where}.{name}"), f"{where}.{name}")
+            name = _name(key)
+            found[name] = Parameter(_value(v, f"{where}.{name}"), f"{where}.{name}")
     return found
 
 

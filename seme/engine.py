@@ -15,7 +15,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from seme import dtypes
 from seme.checkpoint import Writer
@@ -65,7 +65,8 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True)
+class Chunk:
     """Pieces of a tensor, ``(first element, elements)``, processed as one run of ``numel`` elements."""
 
     index: int
@@ -135,7 +136,7 @@ class _Task:
     def reduced(self) -> Reduced:
         assert self.current is not None
         if self.current.op.ordered:
-            data = array("d")
+            data: array[Any] = array("d")
             for i in range(len(self.partial)):
                 data.extend(self.partial[i])
         else:
@@ -342,7 +343,9 @@ class Engine:
             task.partial[key] = array("q" if pass_.result.dtype == INT64 else "d", bytes(8 * count))
         return task.partial[key], shape
 
-    def _count_down(self, runtime: Runtime, task: _Task, chunk: Chunk, inputs: list[tuple[int, DType]]) -> dict[str, Any]:
+    def _count_down(
+        self, runtime: Runtime, task: _Task, chunk: Chunk, inputs: list[tuple[int, DType]]
+    ) -> dict[str, Any]:
         """The pass's parameters with its quotas lowered by what the chunks before this one hold.
 
         Chunks are taken in order, so the one before is done or in the hands of another worker; it never waits for

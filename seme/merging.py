@@ -138,10 +138,12 @@ def _write_small_files(plan: Plan, writer: Writer, name: str) -> None:
 def with_dtype(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
     """config.json with the output's dtype, under the key it uses (``dtype``, or ``torch_dtype`` of older files),
     in the nested configs of multimodal models as well."""
-    found = {k: with_dtype(v, dtype) if k.endswith("_config") and isinstance(v, Mapping) else v for k, v in config.items()}
+    found = {
+        k: with_dtype(v, dtype) if k.endswith("_config") and isinstance(v, Mapping) else v for k, v in config.items()
+    }
     for key in ("dtype", "torch_dtype"):
         if found.get(key) is not None:
             found[key] = dtype.name
-    if "architectures" in config and not {"dtype", "torch_dtype"} & set(k for k, v in found.items() if v is not None):
+    if "architectures" in config and not {"dtype", "torch_dtype"} & {k for k, v in found.items() if v is not None}:
         found["torch_dtype"] = dtype.name
     return found

@@ -160,8 +160,16 @@ def _check_recipe(config: MergeConfig, method: Method, inputs: int) -> None:
     if method.base == "required" and config.base_model is None:
         raise ConfigError(f"base_model: missing; {method.name} works relative to it: add base_model: PATH")
     if inputs < method.min_inputs or (method.max_inputs is not None and inputs > method.max_inputs):
-        most = "" if method.max_inputs == method.min_inputs else " or more" if method.max_inputs is None else f" to {method.max_inputs}"
-        raise ConfigError(f"models: {method.name} takes {method.min_inputs}{most} models, base included; found {inputs}")
+        most = (
+            ""
+            if method.max_inputs == method.min_inputs
+            else " or more"
+            if method.max_inputs is None
+            else f" to {method.max_inputs}"
+        )
+        raise ConfigError(
+            f"models: {method.name} takes {method.min_inputs}{most} models, base included; found {inputs}"
+        )
     known = [p.name for p in method.params]
     for name, parameter in config.parameters.items():
         if name not in known:
@@ -256,7 +264,7 @@ def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> di
     found: dict[str, tuple[Stored, ...]] = {}
     for name in stored[donor]:
         found[name] = tuple(_find(models, stored, donor, i, name) for i in range(len(models)))
-    for model, tensors in zip(models, stored):
+    for tensors in stored:
         extra = [name for name in tensors if name not in stored[donor]]
         if extra:
             where = tensors[extra[0]].file
@@ -288,7 +296,9 @@ def _find(models: tuple[Model, ...], stored: list[dict[str, Stored]], donor: int
     if tensor.shape != wanted.shape:
         vocabulary = _ends(name, (*HEADS, *EMBEDDINGS))
         remedy = (
-            "vocabularies differ: give the models one vocabulary first" if vocabulary else "only models of one shape merge"
+            "vocabularies differ: give the models one vocabulary first"
+            if vocabulary
+            else "only models of one shape merge"
         )
         raise CheckpointError(
             f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, "
@@ -346,7 +356,9 @@ def _tensor(
         else:
             chosen = range(len(models)) if param.scope == "model" else group.experts
             arguments[key] = [
-                _lookup(param, [models[i].parameters, config.parameters], name, layers, f"{models[i].ref}: {param.name}")
+                _lookup(
+                    param, [models[i].parameters, config.parameters], name, layers, f"{models[i].ref}: {param.name}"
+                )
                 for i in chosen
             ]
     return TensorPlan(group, sources, arguments, copy=False)

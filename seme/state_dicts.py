@@ -85,14 +85,12 @@ def _check_count(method: Method, count: int) -> None:
         raise ConfigError(f"models: {method.name} takes {method.min_inputs} {most}, base included; found {count}")
 
 
-def _arguments(
-    method: Method, parameters: Mapping[str, Any], ids: list[Hashable], base: int | None
-) -> dict[str, Any]:
+def _arguments(method: Method, parameters: Mapping[str, Any], ids: list[Hashable], base: int | None) -> dict[str, Any]:
     known = [p.name for p in method.params]
     for name in parameters:
         if name not in known:
             raise ConfigError(f"parameters.{name}: {method.name} has no such parameter{suggest(name, known)}")
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for param in method.params:
         value = parameters.get(param.name, param.default)
         if value is None:
@@ -137,7 +135,9 @@ def _merge_one(
     specs = tuple(Spec(tuple(t.shape), dtypes.from_torch(t.dtype)) for t in tensors)
     for i, spec in enumerate(specs):
         if spec.shape != specs[0].shape:
-            raise SemeError(f"tensor {name}: model {i} has shape {list(spec.shape)}, model 0 has {list(specs[0].shape)}")
+            raise SemeError(
+                f"tensor {name}: model {i} has shape {list(spec.shape)}, model 0 has {list(specs[0].shape)}"
+            )
     if not all(s.dtype.mergeable for s in specs):
         if not all(torch.equal(t, tensors[0]) and t.dtype == tensors[0].dtype for t in tensors):
             raise SemeError(f"tensor {name} ({specs[0].dtype}): not floating point and not equal in all models")

@@ -14,37 +14,43 @@ constexpr int64_t kLanes = 64;
 // because compilers would not keep an array of 64 sums in registers.
 struct Lanes {
     typedef double Vector __attribute__((vector_size(64)));
-    static constexpr int64_t kWidth = 8, kVectors = kLanes / kWidth;
-    Vector sum[kVectors] = {};
+    typedef double Memory __attribute__((vector_size(64), aligned(8), may_alias));  // at any address
+    static constexpr int64_t kVectors = kLanes / 8;
+    double sum[kLanes] = {};
 
     SEME_INLINE void add(const double* x, int64_t n) {
         Vector s[kVectors];
-        for (int64_t k = 0; k < kVectors; ++k) s[k] = sum[k];
-        for (int64_t j = 0; j < n; j += kLanes)
-            for (int64_t k = 0; k < kVectors; ++k) s[k] += at(x + j, k);
-        for (int64_t k = 0; k < kVectors; ++k) sum[k] = s[k];
+        load(s);
+        for (int64_t j = 0; j < n; j += kLanes) {
+            const Memory* a = reinterpret_cast<const Memory*>(x + j);
+            for (int64_t k = 0; k < kVectors; ++k) s[k] += a[k];
+        }
+        store(s);
     }
 
     SEME_INLINE void add_products(const double* x, const double* y, int64_t n) {
         Vector s[kVectors];
-        for (int64_t k = 0; k < kVectors; ++k) s[k] = sum[k];
-        for (int64_t j = 0; j < n; j += kLanes)
-            for (int64_t k = 0; k < kVectors; ++k) s[k] += at(x + j, k) * at(y + j, k);
-        for (int64_t k = 0; k < kVectors; ++k) sum[k] = s[k];
+        load(s);
+        for (int64_t j = 0; j < n; j += kLanes) {
+            const Memory* a = reinterpret_cast<const Memory*>(x + j);
+            const Memory* b = reinterpret_cast<const Memory*>(y + j);
+            for (int64_t k = 0; k < kVectors; ++k) s[k] += a[k] * b[k];
+        }
+        store(s);
     }
 
-    SEME_INLINE double fold() const {
-        double lane[kLanes];
-        __builtin_memcpy(lane, sum, sizeof(lane));
+    SEME_INLINE double fold() {
         for (int64_t half = kLanes / 2; half > 0; half /= 2)
-            for (int64_t j = 0; j < half; ++j) lane[j] += lane[j + half];
-        return lane[0];
+            for (int64_t j = 0; j < half; ++j) sum[j] += sum[j + half];
+        return sum[0];
     }
 
   private:
-    static SEME_INLINE const Vector& at(const double* x, int64_t k) {
-        typedef double Unaligned __attribute__((vector_size(64), aligned(8), may_alias));
-        return reinterpret_cast<const Unaligned*>(x)[k];
+    SEME_INLINE void load(Vector* s) const {
+        for (int64_t k = 0; k < kVectors; ++k) s[k] = reinterpret_cast<const Memory*>(sum)[k];
+    }
+    SEME_INLINE void store(const Vector* s) {
+        for (int64_t k = 0; k < kVectors; ++k) reinterpret_cast<Memory*>(sum)[k] = s[k];
     }
 };
 

@@ -30,7 +30,7 @@ struct Body {
                     std::fill(d + n, d + padded, T(0));
                     for (int64_t j = 0; j < padded; ++j) magnitude[j] = double(std::abs(d[j]));
                     const Key cut = trims[i].next(d, n);
-                    for (int64_t j = 0; j < padded; ++j) kept[j] = double(C::key(d[j]) > cut ? std::abs(d[j]) : T(0));
+                    for (int64_t j = 0; j < padded; ++j) kept[j] = double(keep_if(C::key(d[j]) > cut, std::abs(d[j])));
                     all_lanes[i].add(magnitude, padded);
                     kept_lanes[i].add(kept, padded);
                 }

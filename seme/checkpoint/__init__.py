@@ -3,6 +3,6 @@
 from seme.checkpoint.hub import ModelRef, resolve
 from seme.checkpoint.reader import Checkpoint
 from seme.checkpoint.safetensors import Stored
-from seme.checkpoint.writer import Layout, Writer, layout
+from seme.checkpoint.writer import Layout, Writer, check_free, layout
 
-__all__ = ["Checkpoint", "Layout", "ModelRef", "Stored", "Writer", "layout", "resolve"]
+__all__ = ["Checkpoint", "Layout", "ModelRef", "Stored", "Writer", "check_free", "layout", "resolve"]

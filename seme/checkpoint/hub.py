@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,12 +49,14 @@ def resolve(ref: ModelRef) -> Path:
     try:
         try:
             files = huggingface_hub.HfApi().list_repo_files(ref.path, revision=ref.revision)
-        except Exception:  # offline: whatever the cache holds
-            return Path(huggingface_hub.snapshot_download(ref.path, revision=ref.revision, local_files_only=True))
+        except Exception:
+            with contextlib.suppress(Exception):  # offline: what the cache holds
+                return Path(huggingface_hub.snapshot_download(ref.path, revision=ref.revision, local_files_only=True))
+            raise
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
         return Path(
             huggingface_hub.snapshot_download(ref.path, revision=ref.revision, allow_patterns=[*_SMALL, weights])
         )
     except Exception as e:
-        reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
         raise CheckpointError(f"{ref}: neither a local folder nor a model the hub gives: {reason}") from e

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from seme.errors import CheckpointError
+from seme.errors import CheckpointError, brief
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -54,9 +55,9 @@ def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
         raise CheckpointError(f"{index}: no weight_map in it")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or "\\" in file:
-            raise CheckpointError(f"{index}: tensor {name[:200]}: file {str(file)[:100]!r} is not a name in the folder")
+            raise CheckpointError(f"{index}: tensor {brief(name)}: file {brief(file)} is not a name in the folder")
     files = [index.parent / file for file in sorted(set(weight_map.values()))]
     for path in files:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's, never raises, whatever the name
             raise CheckpointError(f"{path}: missing shard, listed in {index.name}; download it again")
     return files, weight_map

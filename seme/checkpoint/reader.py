@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from seme import dtypes
 from seme.checkpoint.index import read_json, weight_files
 from seme.checkpoint.safetensors import Stored, check_name, read_header
-from seme.errors import CheckpointError
+from seme.errors import CheckpointError, SemeError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -58,17 +58,22 @@ class Checkpoint:
                 if weight_map is not None and weight_map[t.name] != file.name:
                     continue
                 self.tensors[t.name] = t
-        for name in weight_map or ():
-            if name not in self.tensors:
-                raise CheckpointError(f"{self.path / weight_map[name]}: tensor {name} is missing, the index lists it here")
+        for name in weight_map or {}:
+            if weight_map is not None and name not in self.tensors:
+                raise CheckpointError(
+                    f"{self.path / weight_map[name]}: tensor {name} is missing, the index lists it here"
+                )
         if not self.tensors:
             raise CheckpointError(f"{self.path}: no tensors in {', '.join(f.name for f in self.files)}")
 
     def _load_pickle(self, file: Path) -> list[Stored]:
+        import zipfile
+
         import torch
 
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as e:
             reason = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
             raise CheckpointError(
@@ -78,11 +83,14 @@ class Checkpoint:
         listed = []
         for name, tensor in state.items() if isinstance(state, dict) else ():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-                raise CheckpointError(f"{file}: entry {str(name)[:100]!r} is not a dense tensor with a name")
+                raise CheckpointError(f"{file}: entry {brief(name)} is not a dense tensor with a name")
             check_name(file, name)
+            try:
+                dtype = dtypes.from_torch(tensor.dtype)
+            except SemeError as e:
+                raise CheckpointError(f"{file}: tensor {name}: {e}") from e
             self._loaded[name] = tensor.detach()
-            nbytes = tensor.numel() * tensor.element_size()
-            listed.append(Stored(name, dtypes.from_torch(tensor.dtype), tuple(tensor.shape), file, 0, nbytes))
+            listed.append(Stored(name, dtype, tuple(tensor.shape), file, 0, tensor.numel() * dtype.itemsize))
         return listed
 
     def shares_storage(self, a: str, b: str) -> bool:
@@ -90,7 +98,10 @@ class Checkpoint:
         if a not in self._loaded or b not in self._loaded:
             return False
         x, y = self._loaded[a], self._loaded[b]
-        return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() and x.storage_offset() == y.storage_offset()
+        return (
+            x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+            and x.storage_offset() == y.storage_offset()
+        )
 
     def read_into(self, tensor: Stored, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of ``tensor`` from byte ``start`` on. Safe from many threads.
@@ -108,7 +119,7 @@ class Checkpoint:
                 got = os.preadv(descriptor, [buffer[done:]], tensor.offset + start + done)
                 if got == 0:
                     raise CheckpointError(
-                        f"{tensor.file}: tensor {tensor.name}: file ends {want - done} bytes early; it changed while being read"
+                        f"{tensor.file}: tensor {tensor.name}: ends {want - done} bytes early; was it changed?"
                     )
                 done += got
         except OSError as e:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from seme import dtypes
 from seme.dtypes import DType
-from seme.errors import CheckpointError
+from seme.errors import CheckpointError, brief
 
 MAX_HEADER = 100_000_000
 """Bytes of header that are accepted, the limit of the format's own library."""
@@ -98,10 +98,12 @@ def _parse(path: Path, raw: bytes, start: int, size: int) -> list[Stored]:
 
 
 def check_name(path: Path, name: str) -> None:
-    """Refuse tensor names that look like a way out of a folder or hold control characters."""
+    """Refuse tensor names that look like a way out of a folder, and those a terminal or a header could not hold."""
     parts = name.replace("\\", "/").split("/")
-    if not name or ".." in parts or name.startswith(("/", "\\")) or any(ord(c) < 32 for c in name):
-        raise CheckpointError(f"{path}: tensor name {name[:100]!r} is not acceptable (empty, path-like or control character)")
+    if ".." in parts or parts[0] == "" or not name.isprintable() or name == "__metadata__":
+        raise CheckpointError(
+            f"{path}: tensor name {brief(name)} is not acceptable (empty, path-like, reserved or not printable)"
+        )
 
 
 def _entry(path: Path, name: str, value: Any, start: int) -> Stored:
@@ -114,20 +116,20 @@ def _entry(path: Path, name: str, value: Any, start: int) -> Stored:
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     dtype = dtypes.BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise fail(f"unknown dtype {str(code)[:40]!r}")
+        raise fail(f"unknown dtype {brief(code)}")
 
     def naturals(v: Any) -> bool:
         return isinstance(v, list) and all(type(i) is int and 0 <= i < 2**63 for i in v)
 
     if not naturals(shape) or len(shape) > 64:
-        raise fail(f"shape {str(shape)[:80]} is not a list of sizes")
+        raise fail(f"shape {brief(shape)} is not a list of sizes")
     if not naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise fail(f"data_offsets {str(offsets)[:80]} are not [begin, end]")
+        raise fail(f"data_offsets {brief(offsets)} are not [begin, end]")
     nbytes = dtype.itemsize
     for s in shape:
         nbytes *= s
     if nbytes != offsets[1] - offsets[0]:
-        raise fail(f"shape {shape} of {dtype} needs {nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}")
+        raise fail(f"shape {brief(shape)} of {dtype} needs {brief(nbytes)} bytes, data_offsets give {offsets[1] - offsets[0]}")
     return Stored(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from seme.checkpoint.index import read_json
+from seme.errors import CheckpointError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,14 +39,13 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
     """Token to id from ``tokenizer.json`` (added tokens included) or ``vocab.json``; None without either."""
     if (folder / "tokenizer.json").is_file():
         data = read_json(folder / "tokenizer.json")
-        model = data.get("model")
-        vocab: Any = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocab, list):  # unigram: [[token, score], ...] in the order of ids
-            vocab = {entry[0]: i for i, entry in enumerate(vocab)}
-        tokens = dict(vocab) if isinstance(vocab, dict) else {}
-        for token in data.get("added_tokens") or ():
-            tokens[token["content"]] = token["id"]
-        return tokens
+        try:
+            vocab: Any = data["model"]["vocab"]
+            if isinstance(vocab, list):  # unigram: [[token, score], ...] in the order of ids
+                vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+            return {**vocab, **{token["content"]: token["id"] for token in data.get("added_tokens") or ()}}
+        except (LookupError, TypeError) as e:
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: no vocabulary that can be read in it") from e
     if (folder / "vocab.json").is_file():
         return read_json(folder / "vocab.json")
     return None

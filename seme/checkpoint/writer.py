@@ -6,6 +6,7 @@ place, so a reader sees the old state or the whole new model, never a part.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -82,36 +83,55 @@ class Writer:
             TargetError: the target is in use by another merge, not empty without ``overwrite``, or not writable.
         """
         self.target, self.layout, self.overwrite = target, plan, overwrite
-        self.staging = target.parent / f".{target.name}.seme-staging"
+        self.staging = self._beside("staging")
         self._descriptors: list[int] = []
-        self._lock = -1
+        self._lock: int | None = None
         self._committed = False
+        folders = (target.parent, *target.parent.parents)
+        self._made = [folder for folder in folders if not folder.exists()]
         try:
-            self.staging.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            for stale in self.staging.iterdir():
-                if stale.name != ".lock":
-                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            previous = self._beside("previous")
+            if previous.exists() and not target.exists():  # a commit was cut off between its two renames
+                previous.rename(target)
+            check_free(target, overwrite)
+            if self.staging.exists():  # of a merge that was killed
+                shutil.rmtree(self.staging)
+            self.staging.mkdir()
             for name, header, size in zip(plan.files, plan.headers, plan.sizes):
                 descriptor = os.open(self.staging / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
                 self._descriptors.append(descriptor)
                 _allocate(descriptor, size)
                 _pwrite(descriptor, memoryview(header), 0)
-        except OSError as e:
+        except BaseException as e:
             self.abort()
-            raise TargetError(f"{self.staging}: {e.strerror}; choose another output folder or free the space") from e
-        except TargetError:
-            self._close()
+            if isinstance(e, OSError):
+                where = e.filename or target
+                raise TargetError(f"{where}: {e.strerror}; choose another output folder or free the space") from e
             raise
 
+    def _beside(self, what: str) -> Path:
+        return self.target.parent / f".{self.target.name}.seme-{what}"
+
     def _acquire(self) -> None:
-        self._lock = os.open(self.staging / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            os.close(self._lock)
-            self._lock = -1
-            raise TargetError(f"{self.target}: another merge is writing to it; wait for it or choose another folder") from e
+        """Lock the target through a file beside it, which is removed by whoever holds the lock."""
+        file = self._beside("lock")
+        while self._lock is None:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                os.close(descriptor)
+                raise TargetError(
+                    f"{self.target}: another merge is writing to it; wait for it or choose another folder"
+                ) from e
+            except OSError:  # a file system without locks
+                pass
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                self._lock = descriptor
+            else:  # removed by its holder after it was opened here
+                os.close(descriptor)
 
     def write(self, tensor: str, start: int, data: memoryview) -> None:
         """Put bytes at byte ``start`` of a tensor. Safe from many threads on disjoint ranges."""
@@ -125,22 +145,31 @@ class Writer:
         """Write ``model.safetensors.index.json``, if there is more than one shard."""
         if len(self.layout.files) > 1:
             weight_map = {name: self.layout.files[slot.shard] for name, slot in self.layout.slots.items()}
-            self.json("model.safetensors.index.json", {"metadata": {"total_size": self.layout.total_size}, "weight_map": weight_map})
+            self.json(
+                "model.safetensors.index.json",
+                {"metadata": {"total_size": self.layout.total_size}, "weight_map": weight_map},
+            )
 
     def json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file into the model folder."""
-        self.text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        self.text(name, json.dumps(value, indent=2) + "\n")
 
     def text(self, name: str, value: str) -> None:
         """Write a text file into the model folder."""
-        (self.staging / name).write_text(value, encoding="utf-8")
+        try:
+            (self.staging / name).write_text(value, encoding="utf-8")
+        except OSError as e:
+            raise TargetError(f"{self.staging / name}: write failed: {e.strerror}") from e
 
     def copy(self, source: Path) -> None:
         """Copy a file or a folder of another model under its own name."""
-        if source.is_dir():
-            shutil.copytree(source, self.staging / source.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(source, self.staging / source.name)
+        try:
+            if source.is_dir():
+                shutil.copytree(source, self.staging / source.name, copy_function=shutil.copyfile)
+            else:
+                shutil.copyfile(source, self.staging / source.name)
+        except OSError as e:
+            raise TargetError(f"{source}: cannot be copied to {self.staging}: {e.strerror or e}") from e
 
     def commit(self) -> None:
         """Data to disk, then the folder into its place.
@@ -152,13 +181,12 @@ class Writer:
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
             for path in self.staging.rglob("*"):
-                if path.name not in self.layout.files and path.is_file():
+                if path.name not in self.layout.files:
                     _fsync_path(path)
-            (self.staging / ".lock").unlink()
             _fsync_path(self.staging)
             previous = None
             if self.overwrite and self.target.exists():
-                previous = self.target.parent / f".{self.target.name}.seme-previous"
+                previous = self._beside("previous")
                 if previous.exists():
                     shutil.rmtree(previous)
                 self.target.rename(previous)
@@ -171,22 +199,27 @@ class Writer:
             self._committed = True
             _fsync_path(self.target.parent)
             if previous is not None:
-                shutil.rmtree(previous)
+                shutil.rmtree(previous, ignore_errors=True)
         except OSError as e:
             raise TargetError(f"{self.target}: cannot be completed: {e.strerror}") from e
 
     def abort(self) -> None:
-        """Remove the staging folder and all that is in it."""
+        """Remove the staging folder and all that is in it, and the folders above it that were made for it."""
+        if self._lock is not None:  # else the staging folder is another merge's
+            shutil.rmtree(self.staging, ignore_errors=True)
         self._close()
-        shutil.rmtree(self.staging, ignore_errors=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def _close(self) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors = []
-        if self._lock >= 0:
+        if self._lock is not None:
+            self._beside("lock").unlink(missing_ok=True)
             os.close(self._lock)
-            self._lock = -1
+            self._lock = None
 
     def __enter__(self) -> Writer:
         return self
@@ -196,6 +229,21 @@ class Writer:
             self._close()
         else:
             self.abort()
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuse a target that is a file, or a folder with something in it unless that may be replaced.
+
+    Raises:
+        TargetError: it cannot be used.
+    """
+    try:
+        if target.exists() and not target.is_dir():
+            raise TargetError(f"{target}: exists and is not a folder")
+        if target.is_dir() and any(target.iterdir()) and not overwrite:
+            raise TargetError(f"{target}: not empty; choose another folder or pass --overwrite")
+    except OSError as e:
+        raise TargetError(f"{target}: {e.strerror}; choose another output folder") from e
 
 
 def _allocate(descriptor: int, size: int) -> None:

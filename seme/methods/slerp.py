@@ -40,9 +40,7 @@ def reference(tensors: Sequence[torch.Tensor], *, base: int, t: float) -> torch.
     return c0 * v0 + c1 * v1
 
 
-@method(
-    "slerp", reference=reference, source="https://en.wikipedia.org/wiki/Slerp", min_inputs=2, max_inputs=2
-)
+@method("slerp", reference=reference, source="https://en.wikipedia.org/wiki/Slerp", min_inputs=2, max_inputs=2)
 def merge(group: Group, *, t: float) -> Merge:
     """One pass for the inner products, in float64 over fixed blocks, and one for the output.
 

@@ -128,9 +128,9 @@ def view(tensor: torch.Tensor) -> View:
 def launcher(name: str, backend: str) -> Callable[..., None]:
     """``launch(flat_tensors, flat_out, **params)`` of a Triton kernel module or of the CUDA extension."""
     package = "seme.kernels" if backend == "triton" else "seme.ops.cuda"
-    launch: Callable[..., None] = importlib.import_module(f"{package}.{name}" if backend == "triton" else package).__dict__[
-        "launch" if backend == "triton" else name
-    ]
+    launch: Callable[..., None] = importlib.import_module(
+        f"{package}.{name}" if backend == "triton" else package
+    ).__dict__["launch" if backend == "triton" else name]
     return launch
 
 

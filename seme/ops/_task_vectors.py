@@ -52,7 +52,8 @@ def magnitude_keys(delta: torch.Tensor) -> torch.Tensor:
 
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[delta.element_size()]
     mask = 2 ** (8 * delta.element_size() - 1) - 1
-    return delta.contiguous().view(bits).to(torch.int64) & mask
+    keys: torch.Tensor = delta.contiguous().view(bits).to(torch.int64) & mask
+    return keys
 
 
 def kept(delta: torch.Tensor, threshold: int, quota: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def reference(tensors: Sequence[torch.Tensor], *, compute_dtype: DType) -> torch
 def run_native(tensors: Sequence[View], out: View, threads: int, *, compute_dtype: DType) -> None:
     """The C++ kernel, ``csrc/cpu/inner_products.cpp``."""
     views = [t.raw() for t in tensors]
-    native.module().inner_products(views, compute_dtype.native, out.address, out.numel, threads)
+    native.module().inner_products(views, compute_dtype.native, out.raw(), threads)
 
 
 OP = Op(

@@ -15,7 +15,7 @@ from seme.errors import OpError
 from seme.ops._op import Op, Params, Spec
 from seme.ops._registry import OPS
 
-_library = torch.library.Library("seme", "DEF")  # noqa: TOR901 (kept for the life of the process)
+_library = torch.library.Library("seme", "DEF")
 
 
 def packet(name: str) -> Any:

@@ -75,7 +75,7 @@ def run_native(
 ) -> None:
     """The C++ kernel, ``csrc/cpu/magnitude_histogram.cpp``; adds to ``out``."""
     views = [t.raw() for t in tensors]
-    native.module().magnitude_histogram(views, lowest, shift, compute_dtype.native, out.address, out.numel, threads)
+    native.module().magnitude_histogram(views, lowest, shift, compute_dtype.native, out.raw(), threads)
 
 
 OP = Op(

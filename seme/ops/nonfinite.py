@@ -6,6 +6,7 @@ converts nothing.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ def reference(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def run_native(tensors: Sequence[View], out: View, threads: int) -> None:
     """The C++ kernel, ``csrc/cpu/nonfinite.cpp``."""
-    native.module().nonfinite([t.raw() for t in tensors], out.address, threads)
+    native.module().nonfinite([t.raw() for t in tensors], out.raw(), threads, False)
 
 
 OP = Op(
@@ -76,7 +77,9 @@ def nonfinite(
 def zero_nonfinite_(views: Sequence[View]) -> None:
     """Replace inf and NaN by 0 in CPU memory, in place."""
     if native.why_not("_C") is None:
-        native.module().zero_nonfinite([v.raw() for v in views])
+        counts = array("q", bytes(8 * len(views)))
+        out = View(counts.buffer_info()[0], len(counts), dtypes.BY_NAME["int64"])
+        native.module().nonfinite([v.raw() for v in views], out.raw(), 1, True)
         return
     import ctypes
 

@@ -40,7 +40,7 @@ def run_native(
 ) -> None:
     """The C++ kernel, ``csrc/cpu/tie_counts.cpp``; adds to ``out``."""
     views = [t.raw() for t in tensors]
-    native.module().tie_counts(views, thresholds, compute_dtype.native, out.address, out.numel, threads)
+    native.module().tie_counts(views, thresholds, compute_dtype.native, out.raw(), threads)
 
 
 OP = Op(

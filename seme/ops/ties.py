@@ -35,7 +35,12 @@ def check(
 ) -> Params:
     """Equal shapes; weight, threshold, quota and factor per task vector."""
     compute = check_base("ties", specs, compute_dtype)
-    for name, values in (("weights", weights), ("thresholds", thresholds), ("tie_quotas", tie_quotas), ("factors", factors)):
+    for name, values in (
+        ("weights", weights),
+        ("thresholds", thresholds),
+        ("tie_quotas", tie_quotas),
+        ("factors", factors),
+    ):
         check_per_tensor("ties", name, values, len(specs) - 1)
     return {
         "weights": [dtypes.round_to(compute, w) for w in weights],

@@ -67,7 +67,7 @@ def run_native(
     """The C++ kernel, ``csrc/cpu/trimmed_l1.cpp``."""
     views = [t.raw() for t in tensors]
     compute = compute_dtype.native
-    native.module().trimmed_l1(views, thresholds, tie_quotas, compute, out.address, out.numel, threads)
+    native.module().trimmed_l1(views, thresholds, tie_quotas, compute, out.raw(), threads)
 
 
 OP = Op(

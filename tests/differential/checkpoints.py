@@ -107,7 +107,7 @@ class Family:
     Attributes:
         config: config.json, without a dtype.
         shapes: tensors from the config.
-        words: what recipes call the parts of this architecture: ``$attention``, ``$mlp``, ``$second`` (its second layer).
+        words: what recipes call the parts of this architecture: ``$attention``, ``$mlp``, ``$second`` (layer 2).
     """
 
     config: Mapping[str, Any]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -47,7 +45,8 @@ class Distance:
     """Counts over the elements of tensors; ``worst`` is in ulps of the larger of the two values.
 
     ``ties`` are elements that the trim of TIES leaves open (see :func:`undecided`); ``differing`` and ``worst`` do
-    not count them, ``differing_ties`` does. ``ratio`` is the largest difference over its bound, where one is allowed.
+    not count them, ``differing_ties`` does. ``ratio`` is the largest difference over what is allowed, and infinite
+    where nothing is.
     """
 
     tensors: int = 0
@@ -65,16 +64,22 @@ class Distance:
             setattr(self, name, max(mine, value) if name in ("worst", "ratio") else mine + value)
 
 
+@dataclass(frozen=True)
+class Allowance:
+    """A difference that is allowed: per element an absolute error, and where the results have been rounded to a dtype
+    narrower than the arithmetic's one ulp of it more, because a rounding boundary may lie between them."""
+
+    error: torch.Tensor
+    narrow: torch.dtype | None
+
+
 def distance(
     ours: torch.Tensor,
     theirs: torch.Tensor,
-    bound: torch.Tensor | None = None,
+    allowed: Allowance | None = None,
     ties: torch.Tensor | None = None,
 ) -> Distance:
-    """Compare two tensors of one shape and dtype; -0 equals 0, a NaN equals a NaN.
-
-    ``bound`` is the difference allowed per element; without it none is, and any difference makes ``ratio`` infinite.
-    """
+    """Compare two tensors of one shape and dtype; -0 equals 0, a NaN equals a NaN."""
     a, b = ours.reshape(-1).double(), theirs.reshape(-1).double()
     differs = ~((a == b) | (a.isnan() & b.isnan()))
     found = Distance(1, a.numel())
@@ -84,10 +89,14 @@ def distance(
         differs = differs & ~ties
     found.differing = int(differs.sum())
     if found.differing:
-        gap = (a - b).abs()[differs]
-        found.worst = float((gap / ulp(torch.maximum(a.abs(), b.abs())[differs], ours.dtype)).max())
-        allowed = torch.zeros_like(gap) if bound is None else bound.reshape(-1)[differs]
-        found.ratio = float((gap / allowed).max())
+        gap, larger = (a - b).abs()[differs], torch.maximum(a.abs(), b.abs())[differs]
+        found.worst = float((gap / ulp(larger, ours.dtype)).max())
+        limit = torch.zeros_like(gap)
+        if allowed is not None:
+            limit = allowed.error.reshape(-1)[differs]
+            if allowed.narrow is not None:
+                limit = limit + ulp(larger, allowed.narrow)
+        found.ratio = float((gap / limit).nan_to_num(nan=torch.inf).max())
     return found
 
 
@@ -110,58 +119,50 @@ def undecided(plan: TensorPlan, tensors: list[torch.Tensor]) -> torch.Tensor:
     return mask
 
 
-def _weighted_sum_bound(factors: list[float], divisor: float, tensors: list[torch.Tensor], eps: float) -> torch.Tensor:
-    """Rounding error of a weighted sum: each of the K products, the sums and the quotient contribute half an eps of the
-    sum of magnitudes, in either tool, so 2 (K + 2) eps / 2 bounds the difference of two orders of evaluation."""
-    total = sum(abs(w) * t.double().abs() for w, t in zip(factors, tensors))
-    assert isinstance(total, torch.Tensor)
-    return (len(tensors) + 2) * eps * total / abs(divisor)
-
-
-def bound(method: str, plan: TensorPlan, tensors: list[torch.Tensor]) -> torch.Tensor | None:
+def allowance(method: str, plan: TensorPlan, tensors: list[torch.Tensor]) -> Allowance | None:
     """What the results of seme and mergekit may differ by; None: nothing.
 
     - ``task_arithmetic``, ``ties``: nothing. Both tools do the same operations in the same order, each rounded.
-    - ``ties`` with ``rescale`` in float32 or float64: the two L1 norms are sums over a whole tensor, exact in seme and
-      in the working dtype in mergekit. n terms of one sign, added pairwise, are off by a few eps; so is the factor, and
-      the merged task vector with it. In bfloat16 and float16 both round the norms, and the factors are equal.
-    - ``linear``: mergekit adds with torch's addcmul, which fuses multiplication and addition where the processor
-      can; seme rounds the product first. So partial sums differ by half an eps per model.
-    - ``slerp``: the two coefficients are computed in float32 from a float32 inner product in mergekit, in float64 in
-      seme, so they differ by a few eps (the coefficients are smooth in the inner product); the sum is fused as above.
+    - ``ties`` with ``rescale`` in float32 or float64: the L1 norms are sums over a whole tensor, exact in seme, in the
+      working dtype in mergekit. Terms of one sign, added pairwise, come out a few eps off; so does their quotient, and
+      the merged task vector with it. In bfloat16 and float16 the norms are rounded so far that they are equal.
+    - ``linear``: mergekit adds with torch's addcmul, which fuses multiplication and addition where the processor can;
+      seme rounds the product first. That is half an eps of each product, and so of the sums.
+    - ``slerp``: mergekit computes the two coefficients in float32 from a float32 inner product, seme in float64. They
+      are smooth functions of it, so a few eps apart; the sum is fused as above.
     """
-    group, arguments = plan.group, plan.arguments
-    work = torch.float64 if group.compute_dtype.name == "float64" else torch.float32
-    eps = torch.finfo(work).eps
-    out = group.out_dtype.to_torch()
-    compute = group.compute_dtype.to_torch()
+    arguments, compute, out = plan.arguments, plan.group.compute_dtype.to_torch(), plan.group.out_dtype.to_torch()
+    work = torch.float64 if compute == torch.float64 else torch.float32
     held = [t.to(compute).double() for t in tensors]
-    if method == "ties" and arguments["rescale"] and compute == work and any(0 < d < 1 for d in arguments["density"]):
-        assert group.base is not None
-        base = held[group.base]
-        moves = [abs(w) * (held[i] - base).abs() for w, i in zip(arguments["weight"], group.experts)]
-        largest = torch.stack(moves).sum(0) * abs(arguments["lambda_"])
-        if arguments["normalize"]:
-            # The quotient is at most the largest delta as long as no weights cancel in the divisor.
-            weights = [abs(w) for w in arguments["weight"]]
-            assert all(w > 0 for w in arguments["weight"]), "the bound needs positive weights"
-            largest = largest / min(weights)
-        factor = max(1 / d for d in arguments["density"] if d > 0)
-        exact = 8 * eps * factor * largest + eps * base.abs()
-    elif method == "linear":
-        divisor = sum(arguments["weight"]) if arguments["normalize"] else 1.0
-        exact = _weighted_sum_bound(arguments["weight"], divisor, held, eps)
+    if method == "linear":
+        size = sum(abs(w) * t.abs() for w, t in zip(arguments["weight"], held))
+        size = size / abs(sum(arguments["weight"])) if arguments["normalize"] else size
+        roundings = len(held) + 2
     elif method == "slerp":
-        exact = 8 * eps * sum(t.abs() for t in held)
+        size = sum(t.abs() for t in held)
+        roundings = 8
+    elif method == "ties" and arguments["rescale"] and compute == work and min(arguments["density"]) < 1:
+        size = _rescaled_size(plan, held)
+        roundings = 8
     else:
         return None
-    # Results rounded to a narrower dtype are equal, or neighbours if a rounding boundary lies between them.
-    narrow = MANTISSA[out] < MANTISSA[work] or compute != work
-    if narrow:
-        coarse = out if MANTISSA[out] < MANTISSA[compute] else compute
-        return exact + ulp(torch.stack([t.abs() for t in held]).amax(0) * _growth(method, arguments), coarse)
-    return exact
+    assert isinstance(size, torch.Tensor)
+    narrowest = min(compute, out, key=MANTISSA.__getitem__)
+    return Allowance(roundings * torch.finfo(work).eps * size, narrowest if narrowest != work else None)
 
 
-def _growth(method: str, arguments: Mapping[str, Any]) -> float:
-    raise NotImplementedError
+def _rescaled_size(plan: TensorPlan, held: list[torch.Tensor]) -> torch.Tensor:
+    """How large the scaled task vector and the result can be. What a trim keeps has at least the share ``density`` of
+    the L1 norm, so the factors are at most 1 / density."""
+    arguments = plan.arguments
+    assert plan.group.base is not None
+    assert min(arguments["weight"]) > 0, "negative weights can cancel in the divisor, then this is no bound"
+    base = held[plan.group.base]
+    moves = [
+        w * (held[i] - base).abs() / max(d, 1 / base.numel())
+        for i, w, d in zip(plan.group.experts, arguments["weight"], arguments["density"])
+        if d > 0
+    ]
+    total = torch.stack(moves).sum(0) if moves else 0 * base
+    divisor = min(arguments["weight"]) if arguments["normalize"] else 1.0
+    return base.abs() + abs(arguments["lambda_"]) * total / divisor

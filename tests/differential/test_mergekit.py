@@ -1,0 +1,351 @@
+"""seme against mergekit 0.1.5: the same recipes on the same checkpoints, element by element.
+
+What may differ, and why, is in :func:`.compare.allowance` and :func:`.compare.undecided`; all else is equal to the bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import pytest
+import torch
+
+import seme
+from seme import plan as planning
+from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
+from seme.config import load as read_recipe
+from seme.errors import CheckpointError, ConfigError
+from seme.methods._magnitude import kept_count
+
+from .checkpoints import FAMILIES, MEMBERS, write
+from .compare import Distance, allowance, distance, inputs, load, undecided
+from .oracle import Oracle, OracleError
+from .recipes import PRECISIONS, RECIPES
+
+Models = Callable[[str, str, str], Path]
+Record = Callable[[str, str, Distance], None]
+
+FEW = 2e-3
+"""Share of elements that may differ where results are rounded to a dtype narrower than the arithmetic's: a float32
+difference of a few eps moves a result across a rounding boundary of bfloat16 in one of 10000 cases, of float16 in one
+of 1000. More than that would be another formula, not another rounding."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe on one family; ``stored`` is the dtype of the checkpoints, by member or of all."""
+
+    method: str
+    recipe: str
+    family: str
+    precision: str
+    stored: str | Mapping[str, str] = "bfloat16"
+
+    def __str__(self) -> str:
+        stored = self.stored if isinstance(self.stored, str) else "mixed"
+        return f"{self.method}-{self.recipe}-{self.family}-{stored}-{self.precision}".replace(", ", "+")
+
+    def text(self, models: Models) -> str:
+        dtypes = {m: self.stored if isinstance(self.stored, str) else self.stored[m] for m in MEMBERS}
+        words = dict(FAMILIES[self.family].words)
+        text = RECIPES[self.method][self.recipe]
+        words.update({m: str(models(self.family, m, dtypes[m])) for m in MEMBERS if f"${m}" in text})
+        return Template(text).substitute(words) + PRECISIONS[self.precision]
+
+
+MIXED = {"base": "float32", "a": "bfloat16", "b": "float16", "c": "bfloat16"}
+MAIN_PRECISIONS = tuple(PRECISIONS)[:4]
+
+
+def cases() -> list[Case]:
+    every = [(m, r) for m, recipes in RECIPES.items() for r in recipes]
+    found = [Case(m, r, "llama", p) for (m, r), p in itertools.product(every, MAIN_PRECISIONS)]
+    # Other architectures: two precisions each, so that all combinations occur among them.
+    for i, family in enumerate(("mistral", "qwen2", "gpt2", "bert")):
+        pairs = MAIN_PRECISIONS[i % 2 :: 2]
+        found += [Case(m, r, family, p) for (m, r), p in itertools.product(every, pairs)]
+    # Other storage: one plain and one elaborate recipe of each method.
+    few = [(m, r) for m, recipes in RECIPES.items() for r in list(recipes)[:1] + [n for n in recipes if n == "filters"]]
+    for stored in ("float16", "float32", MIXED):
+        found += [Case(m, r, "llama", p, stored) for (m, r), p in itertools.product(few, MAIN_PRECISIONS)]
+    rare = tuple(PRECISIONS)[4:]
+    found += [Case(m, r, "qwen2", p) for (m, r), p in itertools.product(few, rare)]
+    found += [Case("ties", "rescale", "qwen2", p) for p in rare]
+    # Tensors of many chunks.
+    found += [Case(m, next(iter(RECIPES[m])), "wide", p) for m, p in itertools.product(RECIPES, ("float32", "stored"))]
+    return found
+
+
+def config_dtype(folder: Path) -> str | None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found: str | None = config.get("dtype") or config.get("torch_dtype")
+    return found
+
+
+def check(text: str, ours: Path, theirs: Path, record: Record, precision: str) -> Distance:
+    """Assert that two outputs of a recipe hold the same tensors, and the same values as far as is promised."""
+    plan = planning.make(read_recipe(text))
+    plan.close()
+    mine, other = load(ours), load(theirs)
+    assert set(mine) == set(other) == {t.name for t in plan.tensors}
+    total = Distance()
+    wrong = []
+    for tensor in plan.tensors:
+        a, b = mine[tensor.name], other[tensor.name]
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), tensor.name
+        stored = inputs(tensor)
+        if tensor.copy:
+            assert torch.equal(a, b), tensor.name
+            continue
+        ties = undecided(tensor, stored) if plan.method.name == "ties" else None
+        found = distance(a, b, allowance(plan.method.name, tensor, stored), ties)
+        total.add(found)
+        if found.ratio > 1:
+            wrong.append(f"{tensor.name}: {found}")
+    record(plan.method.name, precision, total)
+    assert not wrong, "\n".join([f"{len(wrong)} tensors differ, of which:", *wrong[:5]])
+    return total
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_the_same_recipe_gives_the_same_values(
+    case: Case, model: Models, oracle: Oracle, record: Record, tmp_path: Path
+) -> None:
+    text = case.text(model)
+    ours = seme.merge(text, tmp_path / "seme", threads=2, memory="8MiB").path
+    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    total = check(text, ours, theirs, record, case.precision)
+    if total.worst <= 1:
+        assert total.differing <= max(2, FEW * total.elements)
+    # config.json names the dtype of the tensors. mergekit leaves the donor's as it is if the recipe gives none, which
+    # is right only if all models are stored alike.
+    written = {str(t.dtype).removeprefix("torch.") for t in load(ours).values() if t.is_floating_point()}
+    assert written == {config_dtype(ours)}
+    if case.precision != "stored" or isinstance(case.stored, str):
+        assert config_dtype(ours) == config_dtype(theirs)
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_without_dtype_seme_computes_as_mergekit_does_in_float32(
+    method: str, model: Models, oracle: Oracle, record: Record, tmp_path: Path
+) -> None:
+    case = Case(method, next(iter(RECIPES[method])), "llama", "float32, bfloat16")
+    text = case.text(model)
+    ours = seme.merge(text.replace(PRECISIONS[case.precision], ""), tmp_path / "seme").path
+    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    check(text, ours, theirs, record, case.precision)
+
+
+# What a trim keeps, made visible: one expert of weight 1, so that an element is either moved or the base's.
+
+
+@pytest.mark.parametrize("density", [1e-4, 0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("member", ["a", "b", "c"])
+@pytest.mark.parametrize("precision", ["float32", "stored"])
+def test_both_trims_keep_exactly_k_and_differ_in_ties_only(
+    precision: str, member: str, density: float, model: Models, oracle: Oracle, record: Record, tmp_path: Path
+) -> None:
+    # lambda carries every kept element away from the base also where base + delta rounds to the base.
+    text = Template(
+        "merge_method: ties\nmodels: [{model: $expert, parameters: {weight: 1}}]\nbase_model: $base\n"
+        f"parameters: {{density: {density}, lambda: 4096}}\n{PRECISIONS[precision]}"
+    ).substitute(base=model("qwen2", "base", "bfloat16"), expert=model("qwen2", member, "bfloat16"))
+    ours = seme.merge(text, tmp_path / "seme").path
+    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    check(text, ours, theirs, record, precision)
+    mine, other = load(ours), load(theirs)
+    plan = planning.make(read_recipe(text))
+    plan.close()
+    for tensor in plan.tensors:
+        expert, base = (t.to(tensor.group.compute_dtype.to_torch()) for t in inputs(tensor))
+        magnitude = (expert - base).abs()
+        k = kept_count(density, base.numel())
+        visible = min(k, int((magnitude > 0).sum()))
+        for merged in (mine, other):
+            kept = merged[tensor.name] != base
+            assert int(kept.sum()) == visible, tensor.name
+            assert not (kept & (magnitude == 0)).any()
+            # Every element that is kept is at least as large as every one that is not.
+            if kept.any() and not kept.all():
+                assert magnitude[kept].min() >= magnitude[~kept].max(), tensor.name
+
+
+def test_the_cases_reach_what_they_are_for(model: Models) -> None:
+    """Ties at the threshold, both branches of slerp, zero vectors, gradients between anchors."""
+    plan = planning.make(read_recipe(Case("ties", "scalars", "llama", "stored").text(model)))
+    plan.close()
+    assert sum(int(undecided(t, inputs(t)).sum()) for t in plan.tensors) > 100
+    plan = planning.make(read_recipe(Case("slerp", "classic", "gpt2", "stored").text(model)))
+    plan.close()
+    angles = []
+    for tensor in plan.tensors:
+        v0, v1 = (t.double().reshape(-1) for t in inputs(tensor))
+        angles.append(float(v0 @ v1 / (v0.norm() * v1.norm())))
+    assert min(angles) < 0.9 < 0.9995 < max(angles)
+    assert any(angle != angle for angle in angles), "no zero vector"
+    assert len({t.arguments["t"] for t in plan.tensors}) >= 5
+
+
+# What else a merged model has.
+
+
+def write_head(folder: Path, source: Path, config: Mapping[str, object], head: torch.Tensor | None) -> Path:
+    """A copy of a model with another head and config."""
+    tensors = load(source)
+    if head is not None:
+        tensors["lm_head.weight"] = head
+    stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    return write(folder, tensors, {**stored, **config})
+
+
+def test_a_stored_copy_of_a_tied_head_is_left_out_and_nothing_is_lost(
+    model: Models, oracle: Oracle, record: Record, tmp_path: Path
+) -> None:
+    base, a = model("qwen2", "base", "bfloat16"), model("qwen2", "a", "bfloat16")
+    copied = write_head(tmp_path / "a", a, {}, load(a)["model.embed_tokens.weight"].clone())
+    text = (
+        f"merge_method: task_arithmetic\nmodels: [{{model: {copied}, parameters: {{weight: 0.3}}}}]\n"
+        f"base_model: {base}\ndtype: float32\nout_dtype: bfloat16\n"
+    )
+    ours = seme.merge(text, tmp_path / "seme").path
+    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    # mergekit writes the head as well, and it is the embedding.
+    other = load(theirs)
+    assert torch.equal(other["lm_head.weight"], other["model.embed_tokens.weight"])
+    mine = load(ours)
+    assert set(other) - set(mine) == {"lm_head.weight"}
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert json.loads((ours / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is True
+
+
+def test_an_untied_base_takes_the_embedding_of_a_tied_model_as_its_head(
+    model: Models, oracle: Oracle, record: Record, tmp_path: Path
+) -> None:
+    base, a = model("qwen2", "base", "bfloat16"), model("qwen2", "a", "bfloat16")
+    head = torch.randn(load(base)["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(0))
+    untied = write_head(tmp_path / "base", base, {"tie_word_embeddings": False}, (head * 0.02).bfloat16())
+    text = (
+        f"merge_method: slerp\nmodels: [{{model: {untied}}}, {{model: {a}}}]\nbase_model: {untied}\n"
+        "parameters: {t: 0.4}\ndtype: bfloat16\n"
+    )
+    ours = seme.merge(text, tmp_path / "seme").path
+    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    assert "lm_head.weight" in load(ours)
+    check(text, ours, theirs, record, "bfloat16")
+
+
+@pytest.mark.parametrize("donor", ["base", "a"])
+def test_tokenizer_and_config_come_from_the_base_model(
+    donor: str, model: Models, oracle: Oracle, record: Record, tmp_path: Path
+) -> None:
+    base, other = model("llama", donor, "bfloat16"), model("llama", "b", "bfloat16")
+    text = (
+        f"merge_method: slerp\nmodels: [{{model: {other}}}, {{model: {base}}}]\nbase_model: {base}\n"
+        "parameters: {t: 0.5}\nout_dtype: float16\ndtype: float32\n"
+    )
+    ours = seme.merge(text, tmp_path / "seme").path
+    theirs = oracle.merge(text, tmp_path / "mergekit")
+    names = [n for n in (*TOKENIZER_FILES, *MODEL_FILES) if (theirs / n).exists()]
+    assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"} <= set(names)
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes() == (base / name).read_bytes(), name
+    mine, reference = (json.loads((f / "config.json").read_text(encoding="utf-8")) for f in (ours, theirs))
+    stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    # mergekit writes it through transformers, which adds its defaults; what the model says is in both.
+    assert {k: mine[k] for k in stored} == {k: reference[k] for k in stored} == {**stored, "dtype": "float16"}
+    check(text, ours, theirs, record, "float32, float16")
+
+
+def test_tokenizer_source_base_with_one_vocabulary(
+    model: Models, oracle: Oracle, record: Record, tmp_path: Path
+) -> None:
+    text = Case("task_arithmetic", "scalars", "llama", "float32, bfloat16").text(model) + "tokenizer_source: base\n"
+    ours = seme.merge(text, tmp_path / "seme").path
+    theirs = oracle.merge(text, tmp_path / "mergekit")
+    check(text, ours, theirs, record, "float32, bfloat16")
+    vocabularies = [json.loads((f / "tokenizer.json").read_text())["model"]["vocab"] for f in (ours, theirs)]
+    assert vocabularies[0] == vocabularies[1]
+
+
+def test_shards_hold_the_same_tensors(model: Models, oracle: Oracle, record: Record, tmp_path: Path) -> None:
+    text = Case("linear", "scalars", "llama", "stored").text(model)
+    ours = seme.merge(text, tmp_path / "seme", out_shard_size=20_000).path
+    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False, out_shard_size=20_000)
+    check(text, ours, theirs, record, "stored")
+    maps = [json.loads((f / "model.safetensors.index.json").read_text())["weight_map"] for f in (ours, theirs)]
+    assert maps[0].keys() == maps[1].keys()
+    assert all(len(set(m.values())) > 1 for m in maps)
+
+
+# Where seme is stricter: what mergekit passes over in silence is an error.
+
+
+@pytest.mark.parametrize(
+    ("method", "entry", "top", "message"),
+    [
+        ("ties", "normalize: false", "", r"models\[0\].parameters.normalize: shared by all models"),
+        ("ties", "lambda: 0.1", "", r"models\[0\].parameters.lambda: shared by all models"),
+        ("task_arithmetic", "normalize: true", "", r"models\[0\].parameters.normalize: shared by all models"),
+        ("ties", "weigth: 0.9", "", r"models\[0\].parameters.weigth: .* did you mean 'weight'"),
+        ("ties", "", "densty: 0.1", r"parameters.densty: .* did you mean 'density'"),
+        ("task_arithmetic", "", "t: 0.5", r"parameters.t: task_arithmetic has no such parameter"),
+    ],
+)
+def test_a_parameter_that_mergekit_ignores_is_an_error(
+    method: str, entry: str, top: str, message: str, model: Models, oracle: Oracle, tmp_path: Path
+) -> None:
+    def text(entry: str, top: str) -> str:
+        return (
+            f"merge_method: {method}\nbase_model: {model('qwen2', 'base', 'bfloat16')}\nmodels:\n"
+            f"  - {{model: {model('qwen2', 'a', 'bfloat16')}, parameters: {{weight: 0.5, {entry}}}}}\n"
+            f"  - {{model: {model('qwen2', 'c', 'bfloat16')}, parameters: {{weight: 0.3}}}}\nparameters: {{{top}}}\n"
+        )
+
+    ignored = load(oracle.merge(text(entry, top), tmp_path / "with", copy_tokenizer=False))
+    plain = load(oracle.merge(text("", ""), tmp_path / "without", copy_tokenizer=False))
+    assert all(torch.equal(ignored[name], plain[name]) for name in plain)
+    with pytest.raises(ConfigError, match=message):
+        seme.merge(text(entry, top), tmp_path / "seme")
+    assert not (tmp_path / "seme").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "merge_method: slerp\nmodels: [{model: $a}, {model: $b}, {model: $base}]\nbase_model: $base\nparameters: {t: 0.5}",
+        "merge_method: slerp\nmodels: [{model: $a}, {model: $b}]\nparameters: {t: 0.5}",
+        "merge_method: slerp\nmodels: [{model: $a}, {model: $base}]\nbase_model: $base",
+        "merge_method: ties\nmodels: [{model: $a, parameters: {weight: 1}}]",
+        "merge_method: ties\nmodels: [{model: $a}]\nbase_model: $base",
+        "merge_method: task_arithmetic\nmodels: [{model: $a, parameters: {weight: {filter: mlp, value: 1}}}]\nbase_model: $base",
+        "merge_method: linear\nmodels: [{model: $a, parameters: {weight: 1}}]\nbase_model: $base",
+        "merge_method: linear\nmodels: [{model: $a, parameters: {weight: 1}}, {model: $a, parameters: {weight: 2}}]",
+        "merge_method: linear\nmodels: [{model: $a, parameters: {weight: 1}}, {model: $wide, parameters: {weight: 2}}]",
+        "merge_method: linear\nmodels: [{model: $a, parameters: {weight: heavy}}]",
+    ],
+    ids=[
+        "three-to-slerp",
+        "slerp-without-base",
+        "slerp-without-t",
+        "ties-without-base",
+        "ties-without-weight",
+        "weight-for-some-tensors",
+        "base-of-linear-without-weight",
+        "a-model-twice",
+        "other-shapes",
+        "weight-in-words",
+    ],
+)
+def test_what_mergekit_refuses_seme_refuses(recipe: str, model: Models, oracle: Oracle, tmp_path: Path) -> None:
+    members = {m: model("qwen2", m, "bfloat16") for m in ("base", "a", "b")}
+    text = Template(recipe).substitute(members, wide=model("wide", "base", "bfloat16")) + "\n"
+    with pytest.raises(OracleError):
+        oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    with pytest.raises((ConfigError, CheckpointError)):
+        seme.merge(text, tmp_path / "seme")
+    assert not (tmp_path / "seme").exists()
