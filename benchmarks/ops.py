@@ -31,7 +31,7 @@ ABOUT = {
 
 ELEMENTS = 64 * MIB
 DENSITY = 0.2
-WEIGHTS = (0.5, 0.3, 0.2)
+WEIGHTS = (0.4, 0.35, 0.25)
 ALL = 1 << 62
 NARROW = 21
 

@@ -1,7 +1,7 @@
 """Writes the tables of the kept results into README.md and docs/benchmarks.md.
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end NAME -->``, NAME being a results file without its
-ending; what lies between is replaced. ``--check`` changes nothing and fails if a table is not up to date.
+A table stands between ``<!-- table NAME -->`` and ``<!-- end NAME -->``, NAME being a key of :data:`TABLES`; what lies
+between is replaced. ``--check`` changes nothing and fails if a table is not up to date.
 """
 
 from __future__ import annotations
@@ -15,17 +15,36 @@ from typing import Any
 
 from benchmarks import merge, ops
 from benchmarks.checkpoints import SIZES
-from benchmarks.common import RESULTS, ROOT, load
+from benchmarks.common import MIB, RESULTS, ROOT, load, table
 from benchmarks.plot import where
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 
-def merge_table(data: dict[str, Any]) -> str:
-    """Whole merges, by size and method; cells that are not complete are left out."""
+def complete(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of whole merges that are complete, by size and method."""
     entries = data["entries"]
     keys = [f"{size}/{method}" for size in SIZES for method in merge.METHODS]
-    return merge.report([entries[key] for key in keys if key in entries and entries[key]["complete"]])
+    return [entries[key] for key in keys if key in entries and entries[key]["complete"]]
+
+
+def merge_table(data: dict[str, Any]) -> str:
+    """Whole merges, all columns."""
+    return merge.report(complete(data))
+
+
+def short_merge_table(data: dict[str, Any]) -> str:
+    """Whole merges that both engines ran: seconds until the output is on disk, and memory."""
+    rows = []
+    for entry in complete(data):
+        if {"seme", "mergekit"} <= entry["summary"].keys():
+            sides = [entry["summary"][engine] for engine in ("seme", "mergekit")]
+            row = [f"{entry['size']} {entry['method']}", f"{entry['summary']['floor']['durable_s']['median']:.1f} s"]
+            row += [f"{side['durable_s']['median']:.1f} s" for side in sides]
+            row.append(f"{entry['ratios']['mergekit_over_seme_durable']:.1f}x")
+            row += [f"{side['peak_anonymous_bytes']['median'] / MIB:.0f} MiB" for side in sides]
+            rows.append(row)
+    return table(["model, method", "I/O alone", "seme", "mergekit", "faster", "memory seme", "memory mergekit"], rows)
 
 
 def ops_table(data: dict[str, Any]) -> str:
@@ -33,10 +52,11 @@ def ops_table(data: dict[str, Any]) -> str:
     return ops.report(data["entries"])
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "merge-cpu": merge_table,
-    "merge-cpu-tmpfs": merge_table,
-    "ops-cpu": ops_table,
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "merge-cpu": ("merge-cpu.json", merge_table),
+    "merge-cpu-short": ("merge-cpu.json", short_merge_table),
+    "merge-cpu-tmpfs": ("merge-cpu-tmpfs.json", merge_table),
+    "ops-cpu": ("ops-cpu.json", ops_table),
 }
 
 
@@ -56,8 +76,8 @@ def machines(data: dict[str, Any]) -> str:
 
 def fill(text: str, results: Path) -> str:
     """The text with every table replaced whose results file exists."""
-    for name, make in TABLES.items():
-        file = results / f"{name}.json"
+    for name, (source, make) in TABLES.items():
+        file = results / source
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if file.exists() and pattern.search(text):
             data = load(file)

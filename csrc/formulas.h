@@ -72,17 +72,16 @@ struct Ties {
     using T = typename C::T;
     using V = TaskVector<C>;
     static SEME_HD T term(T w, T d, bool kept, T factor) { return C::round(w * V::scale(keep_if(kept, d), factor)); }
-    // The elected sign: 1 or -1; +1 for a sum of 0, -1 for NaN.
-    static SEME_HD T sign(T sum) { return T(-1) + keep_if(C::round(sum) >= T(0), T(2)); }
+    // The elected sign, 1 or -1, of a sum that has been rounded: +1 for 0, -1 for NaN.
+    static SEME_HD T elect(T sum) { return T(-1) + keep_if(sum >= T(0), T(2)); }
+    static SEME_HD T sign(T sum) { return elect(C::round(sum)); }
     // 1 where a term has the elected sign, else 0; 0 and NaN never agree. Terms and weights are multiplied by it
     // before they are summed, so a NaN goes through to the result.
     static SEME_HD T agrees(T term, T sign) { return keep_if(term * sign > T(0), T(1)); }
-    static SEME_HD T mean(T num, T den) {
-        const T d = C::round(den);
-        return C::round(C::round(num) / (d + keep_if(d == T(0), T(1))));
-    }
+    // num / den of rounded sums, where a den of 0 counts as 1.
+    static SEME_HD T mean(T num, T den) { return C::round(num / (den + keep_if(den == T(0), T(1)))); }
     static SEME_HD T finish(T b, T num, T den, bool normalize, T scale) {
-        return V::add(b, V::scale(normalize ? mean(num, den) : C::round(num), scale));
+        return V::add(b, V::scale(normalize ? mean(C::round(num), C::round(den)) : C::round(num), scale));
     }
 };
 

@@ -44,8 +44,7 @@ SEME_HD float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16);
 SEME_HD bf16 to_bf16(float x) {
     uint32_t u = bit_cast<uint32_t>(x);
     uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-    uint32_t nan = 0u - uint32_t((u & 0x7FFFFFFFu) > 0x7F800000u);
-    return {uint16_t((rounded & ~nan) | (0x7FC0u & nan))};
+    return {uint16_t((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
 }
 
 // fp16 has 5 exponent bits and 10 mantissa bits. Shifting them into an fp32's places leaves the

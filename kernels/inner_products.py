@@ -30,7 +30,7 @@ def inner_products_kernel(x, y, out, n, i, j, count, COMPUTE: tl.constexpr, BLOC
     xy = tl.zeros([64], dtype=tl.float64)
     yy = tl.zeros([64], dtype=tl.float64)
     # Unrolled so that several rows are on their way at once; the sums stay in order.
-    for row in tl.range(0, BLOCK // 64, loop_unroll_factor=8):
+    for row in tl.range(0, tl.minimum(BLOCK // 64, tl.cdiv(n - block * BLOCK, 64)), loop_unroll_factor=8):
         offsets = block * BLOCK + row * 64 + lanes
         mask = offsets < n
         a = load(x, offsets, mask, COMPUTE).to(tl.float64)

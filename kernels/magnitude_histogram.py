@@ -21,12 +21,7 @@ if TYPE_CHECKING:
     from seme.dtypes import DType
 
 BINS = tl.constexpr(65536)
-COLUMNS = tl.constexpr(65538)  # the bins, the keys beyond the window, and what the bins do not tell apart
-
-
-@triton.jit
-def _bitwise_or(a, b):
-    return a | b
+COLUMNS = tl.constexpr(65538)  # the bins, the keys beyond the window, the keys that are not the first of their bin
 
 
 @triton.jit
@@ -50,13 +45,12 @@ def magnitude_histogram_kernel(tensors, integers, counts, n, COMPUTE: tl.constex
         zero = inside & (key == 0)
         zeros = tl.sum(zero.to(tl.int64), axis=0)
         beyond = tl.sum((counted & (bin >= BINS)).to(tl.int64), axis=0)
+        mixed = tl.sum((inside & (above != (bin << shift))).to(tl.int64), axis=0)
         one = tl.full([BLOCK], 1, tl.int64)
         tl.atomic_add(row + bin, one, mask=inside & (key != 0), sem="relaxed")
         tl.atomic_add(row, zeros, mask=zeros > 0, sem="relaxed")
         tl.atomic_add(row + BINS, beyond, mask=beyond > 0, sem="relaxed")
-        if shift > 0:
-            rest = tl.reduce(tl.where(inside, above - (bin << shift), 0), 0, _bitwise_or).to(tl.int64)
-            tl.atomic_or(row + BINS + 1, rest, mask=rest != 0, sem="relaxed")
+        tl.atomic_add(row + BINS + 1, mixed, mask=mixed > 0, sem="relaxed")
 
 
 def launch(

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from seme.dtypes import DType
 
-UNLIMITED = 2**62
-"""A quota that keeps every tie."""
-
 
 @triton.jit
 def tie_counts_kernel(tensors, thresholds, counts, n, blocks, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):

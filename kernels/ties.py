@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from seme.ops._task_vectors import UNLIMITED
+
 from .numeric import divide, held, key_bound, load, magnitude_key, round_to, store
 from .tables import table
-from .tie_counts import UNLIMITED, block_ties
+from .tie_counts import block_ties
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 
 from seme.native import BLOCK
+from seme.ops._task_vectors import UNLIMITED
 
 from .numeric import fold_lanes, key_bound, load, magnitude_key, round_to
 from .tables import table
-from .tie_counts import UNLIMITED, block_ties
+from .tie_counts import block_ties
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def trimmed_l1_kernel(
     seen = tl.zeros([], dtype=tl.int32)  # ties in the rows before
     everything = tl.zeros([64], dtype=tl.float64)
     kept = tl.zeros([64], dtype=tl.float64)
-    for row in tl.range(0, BLOCK // 64, loop_unroll_factor=8):
+    for row in tl.range(0, tl.minimum(BLOCK // 64, tl.cdiv(n - block * BLOCK, 64)), loop_unroll_factor=8):
         offsets = block * BLOCK + row * 64 + lanes
         mask = offsets < n
         delta = round_to(load(x, offsets, mask, COMPUTE) - load(base, offsets, mask, COMPUTE), COMPUTE)

@@ -8,6 +8,7 @@ Everything happens offline and on the CPU.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shlex
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import seme
 from seme.errors import SemeError, TargetError
 
 if TYPE_CHECKING:
@@ -35,11 +37,11 @@ PROMPTS = ("def __init__(self", "namespace c10 {")
 RECIPE = """\
 # Adds 0.6 of what each expert learned to the base they both started from.
 merge_method: task_arithmetic
-base_model: "{base}"
+base_model: {base}
 models:
-  - model: "{python-expert}"
+  - model: {python-expert}
     parameters: {{weight: 0.6}}
-  - model: "{cpp-expert}"
+  - model: {cpp-expert}
     parameters: {{weight: 0.6}}
 dtype: float32
 out_dtype: bfloat16
@@ -65,10 +67,10 @@ class Sizes:
     vocabulary: int = 1024
     hidden: int = 128
     layers: int = 2
-    context: int = 128
+    context: int = 64
     batch: int = 8
-    base_steps: int = 500
-    expert_steps: int = 200
+    base_steps: int = 700
+    expert_steps: int = 300
     train_bytes: int = 600_000
     valid_bytes: int = 50_000
 
@@ -93,113 +95,66 @@ def run(
         sizes: how much to train.
 
     Returns:
-        ``folder``, ``recipe``, ``command`` (repeats the merge), ``models`` (name -> folder), ``loss`` (model ->
-        domain -> mean nats per token on held-out files, and their ``mean``), ``samples`` (prompt -> model ->
-        continuation), ``seconds`` (of ``training``, ``merge``, ``total``).
+        ``folder``, ``recipe``, ``command`` (repeats the merge), ``models`` (name -> folder), ``sizes``, ``loss``
+        (model -> domain -> mean nats per token on held-out text, and their ``mean``), ``samples`` (prompt -> model ->
+        continuation), ``seconds`` (``merge`` and ``total``).
 
     Raises:
         SemeError: transformers is missing, or this Python has too little text.
-        TargetError: ``out`` is not empty, or not a folder.
+        TargetError: ``out`` is not empty, or cannot be written to.
     """
+    started = time.monotonic()
     out = Path("seme-demo") if out is None else Path(out)
     sizes = sizes or Sizes()
-    started = time.monotonic()
-    if out.exists() and not out.is_dir():
-        raise TargetError(f"{out}: not a folder; name another one")
-    if not overwrite and out.is_dir() and any(out.iterdir()):
-        raise TargetError(f"{out}: folder is not empty; choose another one or pass --overwrite")
-    with _offline():
-        return _run(out, seed, sizes, overwrite, _Progress(quiet), as_json, started)
-
-
-def _run(
-    out: Path, seed: int, sizes: Sizes, overwrite: bool, progress: _Progress, as_json: bool, started: float
-) -> dict[str, Any]:
-    progress.say("loading torch and transformers")
     try:
-        import transformers
-    except ImportError as e:
-        raise SemeError(f"demo: transformers cannot be imported ({e}): pip install 'seme[demo]'") from e
-    import torch
+        if not overwrite and out.exists() and any(out.iterdir()):
+            raise TargetError(f"{out}: not empty; name another folder or pass --overwrite")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise TargetError(f"{out}: {e.strerror}; name a folder that can be written to") from e
+    progress = _Progress(quiet)
+    progress.say("loading torch and transformers")
+    with _settings(seed):
+        domains = {name: _texts(name, sizes, seed) for name in SOURCES}
+        tokenizer = _train_tokenizer((text for train, _ in domains.values() for text in train), sizes.vocabulary)
+        train = {name: _tokens(tokenizer, texts) for name, (texts, _) in domains.items()}
+        valid = {name: _tokens(tokenizer, texts) for name, (_, texts) in domains.items()}
+        paths = {name: out / name for name in MODELS}
 
-    import seme
-
-    texts = {domain: _texts(domain, sizes, seed) for domain in DOMAINS}
-    tokenizer = _train_tokenizer((doc for train, _ in texts.values() for doc in train), sizes.vocabulary)
-    train = {domain: _tokens(tokenizer, docs) for domain, (docs, _) in texts.items()}
-    valid = {domain: _tokens(tokenizer, docs) for domain, (_, docs) in texts.items()}
-    paths = {name: out / name for name in MODELS}
-
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-    def load(name: str) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(paths[name], dtype=torch.float32)
-
-    def save(model: Any, name: str) -> None:
-        model.to(torch.bfloat16)
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        model.save_pretrained(paths[name], max_shard_size=int(0.6 * size))  # two shards, as large models have
-        tokenizer.save_pretrained(paths[name])
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = transformers.LlamaConfig(
-            vocab_size=sizes.vocabulary,
-            hidden_size=sizes.hidden,
-            intermediate_size=sizes.hidden * 5 // 2,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.hidden // 32,
-            num_key_value_heads=sizes.hidden // 64,
-            max_position_embeddings=4 * sizes.context,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = transformers.LlamaForCausalLM(config)
-        _train(model, {"prose": 1.0}, train, 5e-3, sizes.base_steps, sizes, progress, "base")
-        save(model, "base")
+        model = _new_model(tokenizer, sizes)
+        _train(model, "base", {"prose": 1.0}, train, 5e-3, sizes.base_steps, sizes, progress)
+        _save(model, tokenizer, paths["base"])
         for name, domain in (("python-expert", "Python"), ("cpp-expert", "C++")):
-            model = load("base")
+            model = _load(paths["base"])
             # A quarter of prose keeps what the base knows, as fine-tunes commonly do.
-            _train(model, {domain: 0.75, "prose": 0.25}, train, 1e-3, sizes.expert_steps, sizes, progress, name)
-            save(model, name)
-    trained = time.monotonic()
+            mixture = {domain: 0.75, "prose": 0.25}
+            _train(model, name, mixture, train, 2e-3, sizes.expert_steps, sizes, progress)
+            _save(model, tokenizer, paths[name])
 
-    recipe = out / "recipe.yml"
-    quoted = {name: str(path.resolve()).replace("\\", "\\\\").replace('"', '\\"') for name, path in paths.items()}
-    recipe.write_text(RECIPE.format(**quoted), encoding="utf-8")
-    merge = seme.merge(recipe, paths["merged"], overwrite=overwrite)
-    progress.say(f"merged {merge.tensors} tensors in {merge.seconds:.2f} s")
+        recipe = out / "recipe.yml"
+        recipe.write_text(RECIPE.format_map({n: _quoted(p) for n, p in paths.items()}), encoding="utf-8")
+        merge = seme.merge(recipe, paths["merged"], overwrite=overwrite)
+        progress.say(f"merged the experts onto the base: {merge.tensors} tensors in {merge.seconds:.2f} s")
 
-    progress.say("measuring the four models on held-out files")
-    loss: dict[str, dict[str, float]] = {}
-    samples: dict[str, dict[str, str]] = {prompt: {} for prompt in PROMPTS}
-    for name in MODELS:
-        model = load(name)
-        reloaded = transformers.AutoTokenizer.from_pretrained(paths[name])
-        loss[name] = {domain: _loss(model, tokens, sizes) for domain, tokens in valid.items()}
-        loss[name]["mean"] = sum(loss[name].values()) / len(valid)
-        for prompt in PROMPTS:
-            samples[prompt][name] = _continue(model, reloaded, prompt)
-    transformers.logging.set_verbosity(verbosity)
-    if bars:
-        transformers.logging.enable_progress_bar()
+        progress.say("measuring all four on held-out text")
+        loss: dict[str, dict[str, float]] = {}
+        samples: dict[str, dict[str, str]] = {prompt: {} for prompt in PROMPTS}
+        for name, path in paths.items():
+            model, own_tokenizer = _load(path), _load_tokenizer(path)
+            loss[name] = {domain: _loss(model, tokens, sizes.context) for domain, tokens in valid.items()}
+            loss[name]["mean"] = sum(loss[name].values()) / len(valid)
+            for prompt in PROMPTS:
+                samples[prompt][name] = _continue(model, own_tokenizer, prompt)
 
     result = {
         "folder": str(out),
         "recipe": str(recipe),
-        "command": f"seme merge {shlex.quote(str(recipe))} {shlex.quote(str(paths['merged']))} --overwrite",
+        "command": shlex.join(["seme", "merge", str(recipe), str(paths["merged"]), "--overwrite"]),
         "models": {name: str(path) for name, path in paths.items()},
         "sizes": asdict(sizes),
         "loss": loss,
         "samples": samples,
-        "seconds": {
-            "training": trained - started,
-            "merge": merge.seconds,
-            "total": time.monotonic() - started,
-        },
+        "seconds": {"merge": merge.seconds, "total": time.monotonic() - started},
     }
     if not as_json:
         _print(result)
@@ -207,17 +162,44 @@ def _run(
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
-    """The hub is not to be asked for anything: everything is local."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def _settings(seed: int) -> Iterator[None]:
+    """No network, no chatter, one thread, own random numbers; all as before afterwards.
+
+    One thread, because a model this small gains little from more, and because then the number of cores does not
+    change the result.
+    """
+    offline = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported, which reads it once
     try:
-        yield
+        import torch
+
+        try:
+            from transformers.utils import logging
+        except ImportError as e:
+            raise SemeError(f"demo: transformers cannot be imported ({e}): pip install 'seme[demo]'") from e
+        verbosity, bars, threads = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_num_threads()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        torch.set_num_threads(1)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                yield
+        finally:
+            torch.set_num_threads(threads)
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
     finally:
-        if before is None:
+        if offline is None:
             del os.environ["HF_HUB_OFFLINE"]
         else:
-            os.environ["HF_HUB_OFFLINE"] = before
+            os.environ["HF_HUB_OFFLINE"] = offline
+
+
+def _quoted(path: Path) -> str:
+    """The absolute path as a YAML string: JSON's strings are."""
+    return json.dumps(str(path.resolve()), ensure_ascii=False)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -250,7 +232,7 @@ def _language_reference() -> list[Callable[[], str]]:
 NO_SOURCES = ("site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data")
 
 # Where the text of each domain is looked for; the first place with enough of it is taken.
-DOMAINS: Mapping[str, tuple[tuple[str, Callable[[], list[Callable[[], str]]]], ...]] = {
+SOURCES: Mapping[str, tuple[tuple[str, Callable[[], list[Callable[[], str]]]], ...]] = {
     "prose": (
         ("the topics of pydoc", _language_reference),
         ("the descriptions of installed packages", lambda: _files(_torch_folder().parent, "*.dist-info/METADATA")),
@@ -273,7 +255,7 @@ def _texts(domain: str, sizes: Sizes, seed: int) -> tuple[list[str], list[str]]:
         SemeError: no place has enough text of the domain.
     """
     found = []
-    for place, readers_of in DOMAINS[domain]:
+    for place, readers_of in SOURCES[domain]:
         readers = readers_of()
         random.Random(seed).shuffle(readers)
         documents = (read()[:40_000] for read in readers)  # no single file is to dominate
@@ -325,22 +307,63 @@ def _tokens(tokenizer: Any, documents: list[str]) -> torch.Tensor:
     return torch.tensor([i for ids in tokenizer(documents)["input_ids"] for i in (tokenizer.eos_token_id, *ids)])
 
 
+def _new_model(tokenizer: Any, sizes: Sizes) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.hidden * 5 // 2,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.hidden // 32,
+        num_key_value_heads=sizes.hidden // 64,
+        max_position_embeddings=4 * sizes.context,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _save(model: Any, tokenizer: Any, path: Path) -> None:
+    """Save in bfloat16 and, as large models are, in shards: two."""
+    import torch
+
+    model.to(torch.bfloat16)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(path, max_shard_size=int(0.7 * size))
+    tokenizer.save_pretrained(path)
+
+
+def _load(path: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
 def _train(
     model: Any,
+    name: str,
     mixture: Mapping[str, float],
     tokens: Mapping[str, torch.Tensor],
     rate: float,
     steps: int,
     sizes: Sizes,
     progress: _Progress,
-    name: str,
 ) -> None:
     """Train ``model`` in place, each batch made of the domains in the shares of ``mixture``."""
     import torch
 
     progress.say(f"training {name}: {steps} steps on {' and '.join(mixture)}")
     started = time.monotonic()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
     model.train()
     losses = []
@@ -366,12 +389,12 @@ def _windows(tokens: torch.Tensor, starts: torch.Tensor, length: int) -> torch.T
     return tokens[starts[:, None] + torch.arange(length)]
 
 
-def _loss(model: Any, tokens: torch.Tensor, sizes: Sizes) -> float:
-    """Mean loss per token, in nats, over up to 64 evenly spaced windows."""
+def _loss(model: Any, tokens: torch.Tensor, context: int) -> float:
+    """Mean loss per token, in nats, over up to 128 evenly spaced windows."""
     import torch
 
-    starts = torch.linspace(0, len(tokens) - sizes.context, min(64, len(tokens) // sizes.context)).long()
-    batch = _windows(tokens, starts, sizes.context)
+    starts = torch.linspace(0, len(tokens) - context, min(128, len(tokens) // context)).long()
+    batch = _windows(tokens, starts, context)
     with torch.inference_mode():
         return float(model(input_ids=batch, labels=batch).loss)
 

@@ -31,7 +31,7 @@ from seme.runtime import Runtime
 INT64 = dtypes.BY_NAME["int64"]
 CHUNK_BYTES = 1 << 20
 """Bytes of one input per chunk: large enough to hide the cost of a call, small enough to stay in the L2 cache."""
-SAMPLE_BLOCKS = 64
+SAMPLE_BLOCKS = 16
 UNLIMITED = 1 << 62
 """Quotas from here on mean all; see the ops with ``tie_quotas``."""
 WAITING = 2
@@ -103,7 +103,6 @@ class _Task:
         self.merge = merge
         self.capacity = capacity
         self.current: Pass | None = None
-        self.scanned = False
         self.open = 0
 
     def begin(self, pass_: Pass) -> list[Chunk]:
@@ -181,10 +180,12 @@ class Engine:
         Raises:
             SemeError: the first error of any worker. KeyboardInterrupt stops all workers and is passed on.
         """
-        workers = [threading.Thread(target=self._work) for _ in range(self.options.threads + WAITING)]
-        for worker in workers:
-            worker.start()
+        workers: list[threading.Thread] = []
         try:
+            for _ in range(self.options.threads + WAITING):
+                worker = threading.Thread(target=self._work)
+                worker.start()
+                workers.append(worker)
             while any(w.is_alive() for w in workers):
                 for worker in workers:
                     worker.join(0.1 / len(workers))
@@ -227,9 +228,11 @@ class Engine:
         """The next chunk, else the first chunk of the next tensor; None when nothing is left."""
         while True:
             with self._lock:
-                while not self._ready:
+                while True:
                     if self._error is not None:
                         return None
+                    if self._ready:
+                        return self._ready.popleft()
                     plan = next(self._pending, None)
                     if plan is not None:
                         self._active += 1
@@ -238,8 +241,6 @@ class Engine:
                         self._lock.notify_all()
                         return None
                     self._lock.wait()
-                else:
-                    return self._ready.popleft()
             self._start(plan)
 
     def _start(self, plan: TensorPlan) -> None:
@@ -280,6 +281,8 @@ class Engine:
         source = plan.sources[0]
         buffer = bytearray(min(self.size, source.nbytes))
         for start in range(0, source.nbytes, len(buffer)):
+            if self._error is not None:
+                return
             piece = memoryview(buffer)[: min(len(buffer), source.nbytes - start)]
             self.plan.models[0].checkpoint.read_into(source, start, piece)
             self.writer.write(plan.name, start, piece)

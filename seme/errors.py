@@ -17,7 +17,15 @@ def brief(value: object) -> str:
 
 
 class SemeError(ValueError):
-    """A mistake in the recipe, the checkpoints or the call; exit code 2 on the command line."""
+    """A mistake in the recipe, the checkpoints or the call; exit code 2 on the command line.
+
+    The message is one printable line, whatever names and values are in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > 1000:
+            message = f"{message[:500]}...{message[-497:]}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class ConfigError(SemeError):

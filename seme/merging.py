@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,18 +101,16 @@ def run(
     watch: Callable[[Progress], None] | None = None,
 ) -> MergeResult:
     """Run a plan made for the folder ``out``; see :func:`merge`."""
-    chunk_bytes(plan, options)
-    chosen, make_runtime = choose(backend, device, options.threads)
     try:
-        with Writer(out.absolute(), plan.layout, overwrite) as writer:
+        chosen, make_runtime = choose(backend, device, options.threads)
+        chunk_bytes(plan, options)
+        with Writer(out.resolve(), plan.layout, overwrite) as writer:
+            _write_small_files(plan, writer, out.resolve().name)
             engine = Engine(plan, writer, make_runtime, options)
             engine.run(watch)
-            _write_small_files(plan, writer, out.name)
             writer.commit()
     finally:
         plan.close()
-    import time
-
     done = engine.progress
     return MergeResult(out, len(plan.tensors), done.read, done.written, time.monotonic() - done.started, chosen)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from seme import dtypes
-from seme.checkpoint import Checkpoint, Layout, ModelRef, Stored, layout, resolve
+from seme.checkpoint import Checkpoint, Layout, ModelRef, Stored, check_free, layout, local_path, resolve
 from seme.config import MergeConfig, Parameter, suggest
 from seme.dtypes import DType
 from seme.errors import CheckpointError, ConfigError, TargetError
@@ -125,15 +125,37 @@ def make(config: MergeConfig, target: Path | None = None, max_shard: int = 5 * 1
     """
     method = get(config.merge_method)
     entries = [(m.ref, m.parameters) for m in config.models]
-    if config.base_model is not None and config.base_model not in [ref for ref, _ in entries]:
-        entries.append((config.base_model, {}))
+    base = None
+    if config.base_model is not None:
+        base = next((i for i, (ref, _) in enumerate(entries) if _same_model(ref, config.base_model)), len(entries))
+        if base == len(entries):
+            entries.append((config.base_model, {}))
     _check_recipe(config, method, len(entries))
     paths = [resolve(ref) for ref, _ in entries]
+    tokenizer = resolve(config.tokenizer_source) if config.tokenizer_source else paths[base or 0]
     if target is not None:
-        _check_target(target, paths, overwrite)
-    models = tuple(Model(ref, Checkpoint(path), given) for (ref, given), path in zip(entries, paths))
-    base = [ref for ref, _ in entries].index(config.base_model) if config.base_model is not None else None
-    donor = base if base is not None else 0
+        _check_target(target, [*paths, tokenizer], overwrite)
+    models: list[Model] = []
+    try:
+        for (ref, given), path in zip(entries, paths):
+            models.append(Model(ref, Checkpoint(path), given))
+        return _plan(config, method, tuple(models), base, _folder(tokenizer), target, max_shard)
+    except BaseException:
+        for model in models:
+            model.checkpoint.close()
+        raise
+
+
+def _plan(
+    config: MergeConfig,
+    method: Method,
+    models: tuple[Model, ...],
+    base: int | None,
+    tokenizer: Path,
+    target: Path | None,
+    max_shard: int,
+) -> Plan:
+    donor = base or 0
     if method.base == "input":
         base = None
     notes: list[str] = []
@@ -143,7 +165,6 @@ def make(config: MergeConfig, target: Path | None = None, max_shard: int = 5 * 1
     where = layout([(t.name, t.spec.dtype, t.spec.shape) for t in tensors], max_shard)
     if target is not None:
         _check_space(target, sum(where.sizes))
-    tokenizer = resolve(config.tokenizer_source) if config.tokenizer_source else paths[donor]
     if config.tokenizer_source is not None:
         _check_vocabularies(tokenizer, models)
     weight = Counter[DType]()
@@ -155,21 +176,22 @@ def make(config: MergeConfig, target: Path | None = None, max_shard: int = 5 * 1
     return Plan(config, method, models, donor, tokenizer, tensors, where, out_dtype, read, tuple(notes))
 
 
+def _same_model(a: ModelRef, b: ModelRef) -> bool:
+    """True for one reference, and for two spellings of one local path."""
+    x, y = local_path(a.path), local_path(b.path)
+    return a == b or (x is not None and y is not None and x.samefile(y))
+
+
+def _folder(path: Path) -> Path:
+    """The folder of a model that is given as a folder or as its weight file."""
+    return path if path.is_dir() else path.parent
+
+
 def _check_recipe(config: MergeConfig, method: Method, inputs: int) -> None:
     """Everything that can be said without opening a model."""
     if method.base == "required" and config.base_model is None:
         raise ConfigError(f"base_model: missing; {method.name} works relative to it: add base_model: PATH")
-    if inputs < method.min_inputs or (method.max_inputs is not None and inputs > method.max_inputs):
-        most = (
-            ""
-            if method.max_inputs == method.min_inputs
-            else " or more"
-            if method.max_inputs is None
-            else f" to {method.max_inputs}"
-        )
-        raise ConfigError(
-            f"models: {method.name} takes {method.min_inputs}{most} models, base included; found {inputs}"
-        )
+    method.check_inputs(inputs)
     known = [p.name for p in method.params]
     for name, parameter in config.parameters.items():
         if name not in known:
@@ -186,13 +208,10 @@ def _check_recipe(config: MergeConfig, method: Method, inputs: int) -> None:
 def _check_target(target: Path, sources: list[Path], overwrite: bool) -> None:
     resolved = target.resolve()
     for source in sources:
-        folder = (source if source.is_dir() else source.parent).resolve()
+        folder = _folder(source).resolve()
         if resolved == folder or folder in resolved.parents or resolved in folder.parents:
             raise TargetError(f"{target}: is, holds or lies in the input model {source}; choose another output folder")
-    if target.exists() and not target.is_dir():
-        raise TargetError(f"{target}: exists and is not a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise TargetError(f"{target}: not empty; choose another folder or pass --overwrite")
+    check_free(target, overwrite)
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -237,14 +256,21 @@ def _same_bytes(a: Checkpoint, x: Stored, b: Checkpoint, y: Stored) -> bool:
     return True
 
 
-def _redundant_head(model: Model, head: Stored) -> bool:
-    """True if a stored head is only a copy of the tied embedding."""
-    embedding = _embedding(model.checkpoint, head)
-    if embedding is None or _tied(model.checkpoint.config) is False:
-        return False
-    if _tied(model.checkpoint.config) or model.checkpoint.shares_storage(head.name, embedding.name):
-        return True
-    return _same_bytes(model.checkpoint, head, model.checkpoint, embedding)
+def _is_copy(checkpoint: Checkpoint, head: Stored) -> bool:
+    """True if a stored head is only a copy of the input embedding."""
+    embedding = _embedding(checkpoint, head)
+    return embedding is not None and (
+        checkpoint.shares_storage(head.name, embedding.name) or _same_bytes(checkpoint, head, checkpoint, embedding)
+    )
+
+
+def _ties(checkpoint: Checkpoint, head: str) -> bool:
+    """True if a model's head is its input embedding: as config.json says, else as it is stored."""
+    said = _tied(checkpoint.config)
+    if said is not None or head not in checkpoint.tensors:
+        return said is not False
+    embedding = _embedding(checkpoint, checkpoint.tensors[head])
+    return embedding is not None and checkpoint.shares_storage(head, embedding.name)
 
 
 def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> dict[str, tuple[Stored, ...]]:
@@ -256,11 +282,13 @@ def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> di
             if name not in everywhere and _ends(name, RECOMPUTED):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, transformers computes it")
-            elif _ends(name, HEADS) and _tied(models[donor].checkpoint.config) is not False:
-                tied_donor = _tied(models[donor].checkpoint.config) or name not in models[donor].checkpoint.tensors
-                if tied_donor and _redundant_head(model, tensors[name]):
-                    del tensors[name]
-                    notes.append(f"{name} of {model.ref}: left out, it is the tied input embedding")
+            elif (
+                _ends(name, HEADS)
+                and _ties(models[donor].checkpoint, name)
+                and _is_copy(model.checkpoint, tensors[name])
+            ):
+                del tensors[name]
+                notes.append(f"{name} of {model.ref}: left out, it is the tied input embedding")
     found: dict[str, tuple[Stored, ...]] = {}
     for name in stored[donor]:
         found[name] = tuple(_find(models, stored, donor, i, name) for i in range(len(models)))
@@ -269,27 +297,27 @@ def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> di
         if extra:
             where = tensors[extra[0]].file
             raise CheckpointError(
-                f"{where}: tensor {extra[0]} is not in {models[donor].ref}{_more(extra)}; "
+                f"{where}: tensor {extra[0]}{_more(extra)} is not in {models[donor].ref}; "
                 "all models need the same tensors, nothing is dropped silently"
             )
     return found
 
 
 def _more(names: list[str]) -> str:
-    return f" (nor are {len(names) - 1} more)" if len(names) > 1 else ""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _find(models: tuple[Model, ...], stored: list[dict[str, Stored]], donor: int, i: int, name: str) -> Stored:
     wanted = stored[donor][name]
     if name not in stored[i]:
         checkpoint = models[i].checkpoint
-        if _ends(name, HEADS) and _tied(checkpoint.config) is not False:
+        if _ends(name, HEADS) and _ties(checkpoint, name):
             embedding = _embedding(checkpoint, wanted)
             if embedding is not None:
                 return embedding
         missing = [n for n in stored[donor] if n not in stored[i]]
         raise CheckpointError(
-            f"{models[i].ref}: tensor {name} is missing{_more(missing)}, {wanted.file} has it; "
+            f"{models[i].ref}: tensor {name}{_more(missing)} is missing, {wanted.file} has it; "
             "all models need the same tensors"
         )
     tensor = stored[i][name]

@@ -66,7 +66,7 @@ def merge_state_dicts(
         raise ConfigError(f"base: missing; {method} works relative to it")
     if found.base == "input":
         index = None
-    _check_count(found, len(states))
+    found.check_inputs(len(states))
     arguments = _arguments(found, parameters or {}, ids, index)
     first = states[ids.index(base) if base is not None else 0]
     for model_id, state in zip(ids, states):
@@ -77,12 +77,6 @@ def merge_state_dicts(
         name: _merge_one(found, name, [s[name] for s in states], index, arguments, dtype, out_dtype, backend, threads)
         for name in first
     }
-
-
-def _check_count(method: Method, count: int) -> None:
-    if count < method.min_inputs or (method.max_inputs is not None and count > method.max_inputs):
-        most = "or more" if method.max_inputs is None else f"to {method.max_inputs}"
-        raise ConfigError(f"models: {method.name} takes {method.min_inputs} {most}, base included; found {count}")
 
 
 def _arguments(method: Method, parameters: Mapping[str, Any], ids: list[Hashable], base: int | None) -> dict[str, Any]:

@@ -369,7 +369,7 @@ class TestMistakes:
             load("no/such.yml")
         with pytest.raises(ConfigError, match=r"x: recipe cannot be read: File name too long$"):
             load("x" * 5000)
-        with pytest.raises(ConfigError, match=r"^a.b: recipe cannot be read: embedded null byte$"):
+        with pytest.raises(ConfigError, match=r"^a\\x00b: recipe cannot be read: embedded null byte$"):
             load("a\0b")
 
     def test_aliases_do_not_multiply(self) -> None:
@@ -387,6 +387,16 @@ class TestMistakes:
         with pytest.raises(ConfigError, match="key 'k0' is given twice"):
             load("".join(f"k{i}: 1\n" for i in range(5000)) + "k0: 2\n")
         assert time.monotonic() - begin < 5
+
+
+def test_every_message_is_one_printable_line() -> None:
+    with pytest.raises(ConfigError) as e:
+        load({**RECIPE, "line\nbreak\x1b[2J\ud800": 1})
+    assert str(e.value).startswith(r"line\nbreak\x1b[2J\ud800: unknown key; ")
+    with pytest.raises(ConfigError) as e:
+        load({**RECIPE, "models": [{"model": "+" + "x" * 10_000}]})
+    assert len(str(e.value)) == 1000
+    assert str(e.value).endswith("a recipe takes whole models")
 
 
 def test_suggestions() -> None:

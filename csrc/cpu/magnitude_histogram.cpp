@@ -4,6 +4,7 @@
 namespace seme::cpu {
 namespace {
 
+constexpr int64_t kGroup = 16;
 constexpr int64_t kColumns = kBins + 2;  // the bins, the keys beyond the window, the bits bins do not tell apart
 
 template <class C>
@@ -14,7 +15,7 @@ struct Body {
     static SEME_INLINE void run(const std::vector<View>* tensors, const Window<C>* windows, int64_t* out,
                                 int64_t begin, int64_t end) {
         T base[kTile], d[kTile];
-        int32_t bin[kTile], hit[kTile + 1];
+        Key key[kTile], bin[kTile], hit[kTile + 1];
         for (int64_t at = begin; at < end; at += kTile) {
             const int64_t n = std::min(kTile, end - at);
             load_tile<C>((*tensors)[0], at, n, base);
@@ -23,18 +24,25 @@ struct Body {
                 int64_t* counts = out + int64_t(i) * kColumns;
                 load_delta<C>((*tensors)[i + 1], at, n, base, d);
                 Key zeros = 0, passed = 0, rest = 0;
+                for (int64_t j = 0; j < n; ++j) key[j] = C::key(d[j]);
                 for (int64_t j = 0; j < n; ++j) {
-                    const Key key = C::key(d[j]);
-                    const bool inside = w.holds(key);
-                    passed += w.passed(key);
-                    zeros += key == 0;
-                    rest |= keep_if(inside, w.rest(key));
-                    bin[j] = int32_t(w.bin(key)) | -int32_t(!inside | (key == 0));
+                    passed += w.passed(key[j]);
+                    zeros += key[j] == 0;
+                    rest |= keep_if(w.holds(key[j]), w.rest(key[j]));
                 }
+                for (int64_t j = 0; j < n; ++j)
+                    bin[j] = Key(w.bin(key[j]) | -Key(!w.holds(key[j]) | (key[j] == 0)));
+                // The hits are collected without a branch; groups without any, most in a narrow window, are passed over.
                 int64_t hits = 0;
-                for (int64_t j = 0; j < n; ++j) {
-                    hit[hits] = bin[j];
-                    hits += bin[j] >= 0;
+                for (int64_t g = 0; g < n; g += kGroup) {
+                    const int64_t stop = std::min(kGroup, n - g);
+                    Key top = -1;
+                    for (int64_t j = 0; j < stop; ++j) top = std::max(top, bin[g + j]);
+                    if (top < 0) continue;
+                    for (int64_t j = 0; j < stop; ++j) {
+                        hit[hits] = bin[g + j];
+                        hits += bin[g + j] >= 0;
+                    }
                 }
                 for (int64_t h = 0; h < hits; ++h) ++counts[hit[h]];
                 if (w.lowest == 0) counts[0] += zeros;

@@ -17,6 +17,11 @@ struct Body {
     using Key = typename C::Key;
     using F = Ties<C>;
 
+    // A loop of its own: next to a comparison, compilers follow the NaN of a rounding through branches.
+    static SEME_INLINE void round(T* x, int64_t n) {
+        for (int64_t j = 0; j < n; ++j) x[j] = C::round(x[j]);
+    }
+
     static SEME_INLINE void run(const std::vector<View>* tensors, const Factors* factors, const Cuts* cuts, View out,
                                 int64_t b0, int64_t b1) {
         const size_t count = tensors->size() - 1;
@@ -44,7 +49,8 @@ struct Body {
                         sum[j] += term[j];
                     }
             }
-            for (int64_t j = 0; j < n; ++j) sum[j] = F::sign(sum[j]);
+            round(sum, n);
+            for (int64_t j = 0; j < n; ++j) sum[j] = F::elect(sum[j]);
             std::fill(num, num + n, T(0));
             std::fill(den, den + n, T(0));
             for (size_t i = 0; i < count; ++i) {
@@ -57,10 +63,10 @@ struct Body {
                 }
             }
             if (count > 0) {
+                round(num, n);
+                round(den, n);
                 if (factors->normalize)
                     for (int64_t j = 0; j < n; ++j) num[j] = F::mean(num[j], den[j]);
-                else
-                    for (int64_t j = 0; j < n; ++j) num[j] = C::round(num[j]);
                 add_scaled<C>(base, num, n, factors->scale);
             }
             store_tile(base, n, out, at);

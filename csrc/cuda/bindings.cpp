@@ -132,8 +132,8 @@ static void block_ties(const std::vector<PyView>& tensors, const std::vector<int
 }
 
 static void ties(const std::vector<PyView>& tensors, const std::vector<double>& weights,
-                 const std::vector<double>& factors, const std::vector<int64_t>& thresholds,
-                 const std::vector<int64_t>& tie_quotas, const std::optional<PyView>& tie_ends, bool normalize,
+                 const std::vector<int64_t>& thresholds, const std::vector<int64_t>& tie_quotas,
+                 const std::vector<double>& factors, const std::optional<PyView>& tie_ends, bool normalize,
                  double scale, int compute, const PyView& out, const PyStream& stream) {
     auto t = views_of(tensors);
     View o = view_of(out);

@@ -7,7 +7,7 @@ namespace seme::cuda {
 namespace {
 
 using Count = unsigned long long;
-constexpr int64_t kColumns = kBins + 2;  // the bins, the keys beyond the window, what the bins do not tell apart
+constexpr int64_t kColumns = kBins + 2;  // the bins, keys beyond the window, keys that are not the first of their bin
 constexpr int kHistogramThreads = 1024;
 constexpr int64_t kHistogramTile = int64_t(kHistogramThreads) * kVector;
 constexpr int64_t kWorthShared = 1 << 20;  // elements; for fewer, clearing shared memory costs more than it saves
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kHistogramThreads)
     for (int b = threadIdx.x; b < shared_bins; b += kHistogramThreads) shared[b] = 0;
     __syncthreads();
 
-    Count beyond = 0, zeros = 0, rest = 0;
+    Count beyond = 0, mixed = 0, zeros = 0;
     const int64_t step = kHistogramTile * gridDim.x;
     for (int64_t at = (int64_t(blockIdx.x) * kHistogramThreads + threadIdx.x) * kVector; at < n; at += step) {
         const int count = n - at < kVector ? int(n - at) : kVector;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kHistogramThreads)
             if (window.passed(key)) {
                 ++beyond;
             } else if (window.holds(key)) {
-                rest |= Count(window.rest(key));
+                mixed += window.rest(key) != 0;
                 const int64_t bin = window.bin(key);
                 if (key == 0)
                     ++zeros;
@@ -57,12 +57,12 @@ __global__ void __launch_bounds__(kHistogramThreads)
     for (int d = kWarp / 2; d > 0; d /= 2) {
         beyond += __shfl_down_sync(kAllLanes, beyond, d);
         zeros += __shfl_down_sync(kAllLanes, zeros, d);
-        rest |= __shfl_down_sync(kAllLanes, rest, d);
+        mixed += __shfl_down_sync(kAllLanes, mixed, d);
     }
     if (threadIdx.x % kWarp == 0) {
         if (beyond) atomicAdd(row + kBins, beyond);
         if (zeros) atomicAdd(row, zeros);
-        if (rest) atomicOr(row + kBins + 1, rest);
+        if (mixed) atomicAdd(row + kBins + 1, mixed);
     }
     __syncthreads();
     for (int b = threadIdx.x; b < shared_bins; b += kHistogramThreads)

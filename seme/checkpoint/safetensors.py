@@ -129,7 +129,8 @@ def _entry(path: Path, name: str, value: Any, start: int) -> Stored:
     for s in shape:
         nbytes *= s
     if nbytes != offsets[1] - offsets[0]:
-        raise fail(f"shape {brief(shape)} of {dtype} needs {brief(nbytes)} bytes, data_offsets give {offsets[1] - offsets[0]}")
+        given = offsets[1] - offsets[0]
+        raise fail(f"shape {brief(shape)} of {dtype} needs {brief(nbytes)} bytes, data_offsets give {given}")
     return Stored(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
 
 

@@ -40,7 +40,7 @@ def kept_count(density: float, numel: int) -> int:
 
 def _window(low: int, high: int) -> tuple[int, int]:
     """The window of bins that covers keys [low, high): lowest key and log2 of keys per bin."""
-    return low, max(0, math.ceil(math.log2(max(1, high - low))) - 16)
+    return low, max(0, (high - low - 1).bit_length() - 16)
 
 
 def _first_windows(group: Group, counts: dict[int, int]) -> Generator[Pass, Reduced, dict[int, tuple[int, int]]]:
@@ -105,8 +105,9 @@ def cuts(group: Group, density: Sequence[float]) -> Generator[Pass, Reduced, lis
                 windows[expert] = _window(0, lowest)
             elif shift == 0 or mixed == 0:
                 quota = k - beyond - above
-                # Where all of a tie remain there is nothing to count along the tensor.
-                found[expert] = (key, quota if quota < histogram.data[row * columns + bin_] else EVERY[1])
+                # Nothing to count along the tensor where all of a tie remain, nor among zeros: they add nothing.
+                all_remain = key == 0 or quota == histogram.data[row * columns + bin_]
+                found[expert] = (key, EVERY[1] if all_remain else quota)
             else:
                 windows[expert] = _window(key, key + (1 << shift))
     return [found[e] for e in group.experts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -65,6 +66,13 @@ class Method:
     max_inputs: int | None
     summary: str
     source: str
+
+    def check_inputs(self, count: int) -> None:
+        """:class:`ConfigError` if the method does not take that many models."""
+        least, most = self.min_inputs, self.max_inputs
+        if count < least or (most is not None and count > most):
+            takes = f"{least} or more" if most is None else str(least) if most == least else f"{least} to {most}"
+            raise ConfigError(f"models: {self.name} takes {takes} models, base included; found {count}")
 
     def param(self, name: str) -> Param | None:
         """The parameter of that name, if the method has it."""
@@ -152,7 +160,10 @@ def methods() -> dict[str, Method]:
             if not info.name.startswith("_"):
                 importlib.import_module(f"seme.methods.{info.name}")
         for point in entry_points(group="seme.methods"):
-            point.load()
+            try:
+                point.load()
+            except Exception as e:
+                warnings.warn(f"seme: merge method {point.name} of {point.value} is left out: {e}", stacklevel=2)
     return dict(sorted(_METHODS.items()))
 
 

@@ -19,6 +19,7 @@ from seme import dtypes
 from seme.methods._magnitude import Cut, countdown, cuts, kept_count
 from seme.methods._passes import Group, Merge, Pass, Reduced
 from seme.methods._registry import PerExpert, method
+from seme.ops.task_vector_sum import OP as TASK_VECTOR_SUM
 from seme.ops.ties import OP as TIES
 from seme.ops.trimmed_l1 import OP as TRIMMED_L1
 
@@ -107,6 +108,9 @@ def merge(
         int8_mask: accepted for mergekit's sake; masks are never stored here.
         lambda: scale of the merged task vector.
     """
+    if not group.experts:
+        yield group.write(TASK_VECTOR_SUM, weights=())  # the base model
+        return
     found = yield from cuts(group, density)
     factors = [1.0] * len(found)
     if rescale and any(d < 1 for d in density):

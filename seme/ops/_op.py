@@ -112,7 +112,8 @@ class Op:
             views = [view(t) for t in flat]
             self.native(views, view(target.view(-1)), threads or torch.get_num_threads(), **params)
         else:
-            launcher(self.name, backend)(flat, target.view(-1), **params)
+            with torch.cuda.device_of(out):  # GPU kernels run on the current device
+                launcher(self.name, backend)(flat, target.view(-1), **params)
         if target is not out:
             out.copy_(target)
 

@@ -47,13 +47,14 @@ def deltas(tensors: Sequence[torch.Tensor], compute_dtype: DType) -> list[torch.
 
 
 def magnitude_keys(delta: torch.Tensor) -> torch.Tensor:
-    """int64 keys of a tensor's magnitudes."""
+    """int64 keys of a tensor's magnitudes. NaN has one key, the greatest: that of the quiet NaN without payload."""
     import torch
 
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[delta.element_size()]
     mask = 2 ** (8 * delta.element_size() - 1) - 1
     keys: torch.Tensor = delta.contiguous().view(bits).to(torch.int64) & mask
-    return keys
+    nan = torch.tensor(float("nan"), dtype=delta.dtype).view(bits).item()
+    return keys.clamp(max=nan & mask)
 
 
 def kept(delta: torch.Tensor, threshold: int, quota: int) -> torch.Tensor:

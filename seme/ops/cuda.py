@@ -1,6 +1,6 @@
 """The CUDA C++ kernels: one function per op, ``launch(flat_tensors, flat_out, **params)``, named as the op.
 
-They take contiguous tensors of one CUDA device, and work on that device's current stream.
+They take contiguous tensors of the current CUDA device, and work on its current stream.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from seme import dtypes, native
 from seme.dtypes import DType
+from seme.ops._task_vectors import UNLIMITED
 
 if TYPE_CHECKING:
     import torch
-
-_UNLIMITED = 2**62  # a tie quota that keeps every tie
 
 
 def _raw(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -22,14 +21,18 @@ def _raw(tensor: torch.Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.numel(), dtypes.from_torch(tensor.dtype).native
 
 
-def _call(kernel: str, tensors: Sequence[torch.Tensor], out: torch.Tensor, *arguments: Any) -> None:
-    """``kernel(tensors, *arguments, out, stream)`` on the device that the tensors are on."""
+def _stream() -> tuple[int, int]:
+    """The current CUDA stream: its device and its address."""
     import torch
 
-    with torch.cuda.device(out.device):
-        stream = torch.cuda.current_stream()
-        function = getattr(native.module("_C_cuda"), kernel)
-        function([_raw(t) for t in tensors], *arguments, _raw(out), (stream.device_index, stream.cuda_stream))
+    stream = torch.cuda.current_stream()
+    return stream.device_index, stream.cuda_stream
+
+
+def _call(kernel: str, tensors: Sequence[torch.Tensor], out: torch.Tensor, *arguments: Any) -> None:
+    """``kernel(tensors, *arguments, out, stream)`` of the compiled module."""
+    function = getattr(native.module("_C_cuda"), kernel)
+    function([_raw(t) for t in tensors], *arguments, _raw(out), _stream())
 
 
 def weighted_sum(
@@ -95,8 +98,8 @@ def ties(
 ) -> None:
     """Writes ``out``; ``csrc/cuda/ties.cu``."""
     ends = _tie_ends(tensors, thresholds, tie_quotas, compute_dtype, native.module("_C_cuda").TILE)
-    selection = (thresholds, tie_quotas, None if ends is None else _raw(ends))
-    _call("ties", tensors, out, weights, factors, *selection, normalize, scale, compute_dtype.native)
+    selection = (weights, thresholds, tie_quotas, factors, None if ends is None else _raw(ends))
+    _call("ties", tensors, out, *selection, normalize, scale, compute_dtype.native)
 
 
 def trimmed_l1(
@@ -138,6 +141,6 @@ def _tie_ends(
     block: int,
 ) -> torch.Tensor | None:
     """The ties up to the end of each block, as int64 [n, blocks]; None if no quota binds and nobody has to know."""
-    if not any(0 < quota < _UNLIMITED for quota in tie_quotas):
+    if not any(0 < quota < UNLIMITED for quota in tie_quotas):
         return None
     return _block_ties(tensors, thresholds, compute_dtype, block).cumsum(1)

@@ -74,17 +74,19 @@ def _gpt2(config: Mapping[str, Any]) -> Shapes:
 def _bert(config: Mapping[str, Any]) -> Shapes:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     shapes: Shapes = {
-        "embeddings.position_ids": (1, config["max_position_embeddings"]),
-        "embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
-        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
-        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], hidden),
-        "embeddings.LayerNorm.weight": (hidden,),
-        "embeddings.LayerNorm.bias": (hidden,),
-        "pooler.dense.weight": (hidden, hidden),
-        "pooler.dense.bias": (hidden,),
+        "bert.embeddings.position_ids": (1, config["max_position_embeddings"]),
+        "bert.embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
+        "bert.embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
+        "bert.embeddings.token_type_embeddings.weight": (config["type_vocab_size"], hidden),
+        "bert.embeddings.LayerNorm.weight": (hidden,),
+        "bert.embeddings.LayerNorm.bias": (hidden,),
+        "bert.pooler.dense.weight": (hidden, hidden),
+        "bert.pooler.dense.bias": (hidden,),
+        "classifier.weight": (2, hidden),
+        "classifier.bias": (2,),
     }
     for i in range(config["num_hidden_layers"]):
-        layer = f"encoder.layer.{i}."
+        layer = f"bert.encoder.layer.{i}."
         for name, rows, columns in (
             ("attention.self.query", hidden, hidden),
             ("attention.self.key", hidden, hidden),
@@ -163,9 +165,10 @@ FAMILIES = {
         _gpt2,
         {"attention": "attn", "mlp": "mlp", "second": "h.1."},
     ),
+    # As older checkpoints are, with the int64 buffer. (mergekit 0.1.5 cannot read a bare BertModel.)
     "bert": Family(
         {
-            "architectures": ["BertModel"],
+            "architectures": ["BertForSequenceClassification"],
             "model_type": "bert",
             "hidden_size": 24,
             "intermediate_size": 37,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
+from seme.methods import Method
 from seme.methods._magnitude import kept_count
 from seme.plan import TensorPlan
 
@@ -15,21 +18,73 @@ MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float
 LEAST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14, torch.float32: -126, torch.float64: -1022}
 
 
+_load_file = lru_cache(maxsize=64)(load_file)
+"""The models that are merged are read again and again."""
+
+
 def load(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a model folder."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 - not a mapping
+        tensors |= load_file(file)
     return tensors
 
 
 def inputs(plan: TensorPlan) -> list[torch.Tensor]:
     """A tensor in every input model, as stored, in the plan's order."""
-    found = []
-    for source in plan.sources:
-        with safe_open(source.file, "pt") as opened:
-            found.append(opened.get_tensor(source.name))
+    return [_load_file(source.file)[source.name] for source in plan.sources]
+
+
+@dataclass
+class Distance:
+    """Counts over the elements of tensors.
+
+    Attributes:
+        differing: elements that differ, ``ties`` aside.
+        worst: their largest difference, in ulps of the larger of the two values.
+        outside: how many of them are not explained by :func:`allowance`.
+        ties: elements that the trim of TIES leaves open, see :func:`undecided`.
+        differing_ties: how many of those differ.
+    """
+
+    tensors: int = 0
+    elements: int = 0
+    differing: int = 0
+    worst: float = 0.0
+    outside: int = 0
+    ties: int = 0
+    differing_ties: int = 0
+
+    def add(self, other: Distance) -> None:
+        """Take in another count."""
+        for name, value in asdict(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, value) if name == "worst" else mine + value)
+
+
+def distance(
+    ours: torch.Tensor,
+    theirs: torch.Tensor,
+    allowed: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ties: torch.Tensor | None = None,
+) -> Distance:
+    """Compare two tensors of one shape and dtype. -0 equals 0, a NaN equals a NaN; values that differ must both lie in
+    the interval ``allowed``, if there is one."""
+    a, b = ours.reshape(-1).double(), theirs.reshape(-1).double()
+    differs = ~((a == b) | (a.isnan() & b.isnan()))
+    found = Distance(1, a.numel())
+    if ties is not None:
+        ties = ties.reshape(-1)
+        found.ties, found.differing_ties = int(ties.sum()), int((differs & ties).sum())
+        differs = differs & ~ties
+    found.differing = found.outside = int(differs.sum())
+    if found.differing:
+        a, b = a[differs], b[differs]
+        found.worst = float(((a - b).abs() / ulp(torch.maximum(a.abs(), b.abs()), ours.dtype)).max())
+        if allowed is not None:
+            low, high = (t.reshape(-1)[differs] for t in allowed)
+            inside = (torch.minimum(a, b) >= low) & (torch.maximum(a, b) <= high)
+            found.outside = int((~inside).sum())
     return found
 
 
@@ -38,66 +93,6 @@ def ulp(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     exponent = torch.frexp(magnitude)[1] - 1
     exponent = torch.where(magnitude > 0, exponent, LEAST_EXPONENT[dtype]).clamp(min=LEAST_EXPONENT[dtype])
     return torch.ldexp(torch.ones_like(magnitude), exponent - MANTISSA[dtype])
-
-
-@dataclass
-class Distance:
-    """Counts over the elements of tensors; ``worst`` is in ulps of the larger of the two values.
-
-    ``ties`` are elements that the trim of TIES leaves open (see :func:`undecided`); ``differing`` and ``worst`` do
-    not count them, ``differing_ties`` does. ``ratio`` is the largest difference over what is allowed, and infinite
-    where nothing is.
-    """
-
-    tensors: int = 0
-    elements: int = 0
-    differing: int = 0
-    worst: float = 0.0
-    ties: int = 0
-    differing_ties: int = 0
-    ratio: float = 0.0
-
-    def add(self, other: Distance) -> None:
-        """Take in another count."""
-        for name, value in asdict(other).items():
-            mine = getattr(self, name)
-            setattr(self, name, max(mine, value) if name in ("worst", "ratio") else mine + value)
-
-
-@dataclass(frozen=True)
-class Allowance:
-    """A difference that is allowed: per element an absolute error, and where the results have been rounded to a dtype
-    narrower than the arithmetic's one ulp of it more, because a rounding boundary may lie between them."""
-
-    error: torch.Tensor
-    narrow: torch.dtype | None
-
-
-def distance(
-    ours: torch.Tensor,
-    theirs: torch.Tensor,
-    allowed: Allowance | None = None,
-    ties: torch.Tensor | None = None,
-) -> Distance:
-    """Compare two tensors of one shape and dtype; -0 equals 0, a NaN equals a NaN."""
-    a, b = ours.reshape(-1).double(), theirs.reshape(-1).double()
-    differs = ~((a == b) | (a.isnan() & b.isnan()))
-    found = Distance(1, a.numel())
-    if ties is not None:
-        ties = ties.reshape(-1)
-        found.ties, found.differing_ties = int(ties.sum()), int((differs & ties).sum())
-        differs = differs & ~ties
-    found.differing = int(differs.sum())
-    if found.differing:
-        gap, larger = (a - b).abs()[differs], torch.maximum(a.abs(), b.abs())[differs]
-        found.worst = float((gap / ulp(larger, ours.dtype)).max())
-        limit = torch.zeros_like(gap)
-        if allowed is not None:
-            limit = allowed.error.reshape(-1)[differs]
-            if allowed.narrow is not None:
-                limit = limit + ulp(larger, allowed.narrow)
-        found.ratio = float((gap / limit).nan_to_num(nan=torch.inf).max())
-    return found
 
 
 def undecided(plan: TensorPlan, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -119,40 +114,50 @@ def undecided(plan: TensorPlan, tensors: list[torch.Tensor]) -> torch.Tensor:
     return mask
 
 
-def allowance(method: str, plan: TensorPlan, tensors: list[torch.Tensor]) -> Allowance | None:
-    """What the results of seme and mergekit may differ by; None: nothing.
+def allowance(
+    method: Method, plan: TensorPlan, tensors: list[torch.Tensor], fused: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Where results may lie that differ, as an interval around the formula's value in float64; None: none may.
 
-    - ``task_arithmetic``, ``ties``: nothing. Both tools do the same operations in the same order, each rounded.
+    ``fused`` says whether torch uses fused multiply-adds.
+
+    - ``task_arithmetic``, ``ties``: none. Both tools do the same operations in the same order, each rounded.
     - ``ties`` with ``rescale`` in float32 or float64: the L1 norms are sums over a whole tensor, exact in seme, in the
       working dtype in mergekit. Terms of one sign, added pairwise, come out a few eps off; so does their quotient, and
       the merged task vector with it. In bfloat16 and float16 the norms are rounded so far that they are equal.
-    - ``linear``: mergekit adds with torch's addcmul, which fuses multiplication and addition where the processor can;
-      seme rounds the product first. That is half an eps of each product, and so of the sums.
-    - ``slerp``: mergekit computes the two coefficients in float32 from a float32 inner product, seme in float64. They
-      are smooth functions of it, so a few eps apart; the sum is fused as above.
+    - ``linear``: none without fused multiply-adds. With them torch's addcmul, which mergekit adds with, does not round
+      the products, and so the sums differ in the last bits.
+    - ``slerp``: mergekit computes norms, inner product and coefficients in float32 (float64 for float64), seme in
+      float64 with an exact sum. The coefficients are smooth functions of the inner product, hence a few eps apart,
+      and sqrt(n) / 8 eps for the errors of n added squares, a random walk.
+
+    The ends of the interval are rounded as results are. So where the arithmetic is float32 and the results bfloat16,
+    only those few elements may differ between whose two values a rounding boundary lies, and by one ulp.
     """
-    arguments, compute, out = plan.arguments, plan.group.compute_dtype.to_torch(), plan.group.out_dtype.to_torch()
+    arguments, compute = plan.arguments, plan.group.compute_dtype.to_torch()
     work = torch.float64 if compute == torch.float64 else torch.float32
     held = [t.to(compute).double() for t in tensors]
-    if method == "linear":
+    if method.name == "linear" and fused:
         size = sum(abs(w) * t.abs() for w, t in zip(arguments["weight"], held))
         size = size / abs(sum(arguments["weight"])) if arguments["normalize"] else size
-        roundings = len(held) + 2
-    elif method == "slerp":
+        roundings = len(held) + 1.0
+    elif method.name == "slerp":
         size = sum(t.abs() for t in held)
-        roundings = 8
-    elif method == "ties" and arguments["rescale"] and compute == work and min(arguments["density"]) < 1:
+        roundings = 8 + math.sqrt(plan.group.numel) / 8
+    elif method.name == "ties" and arguments["rescale"] and compute == work and min(arguments["density"]) < 1:
         size = _rescaled_size(plan, held)
-        roundings = 8
+        roundings = 8.0
     else:
         return None
-    assert isinstance(size, torch.Tensor)
-    narrowest = min(compute, out, key=MANTISSA.__getitem__)
-    return Allowance(roundings * torch.finfo(work).eps * size, narrowest if narrowest != work else None)
+    error = roundings * torch.finfo(work).eps * size
+    value = method.reference(held, base=plan.group.base, **arguments)
+    out = plan.group.out_dtype.to_torch()
+    low, high = ((value + e).to(work).to(compute).to(out).double() for e in (-error, error))
+    return low, high
 
 
 def _rescaled_size(plan: TensorPlan, held: list[torch.Tensor]) -> torch.Tensor:
-    """How large the scaled task vector and the result can be. What a trim keeps has at least the share ``density`` of
+    """How large base, scaled task vectors and result can be. What a trim keeps has at least the share ``density`` of
     the L1 norm, so the factors are at most 1 / density."""
     arguments = plan.arguments
     assert plan.group.base is not None
@@ -161,8 +166,6 @@ def _rescaled_size(plan: TensorPlan, held: list[torch.Tensor]) -> torch.Tensor:
     moves = [
         w * (held[i] - base).abs() / max(d, 1 / base.numel())
         for i, w, d in zip(plan.group.experts, arguments["weight"], arguments["density"])
-        if d > 0
     ]
-    total = torch.stack(moves).sum(0) if moves else 0 * base
     divisor = min(arguments["weight"]) if arguments["normalize"] else 1.0
-    return base.abs() + abs(arguments["lambda_"]) * total / divisor
+    return base.abs() + abs(arguments["lambda_"]) * torch.stack(moves).sum(0) / divisor

@@ -50,6 +50,7 @@ def main() -> None:
             reply(channel, error=f"{type(e).__name__}: {e}")
         else:
             reply(channel, error=None)
+    os._exit(0)  # taking torch and transformers down in order takes a second
 
 
 if __name__ == "__main__":

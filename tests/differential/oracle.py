@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import select
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ class OracleError(Exception):
 
 
 class Oracle:
-    """A running worker. ``about`` holds the versions of mergekit and torch and torch's CPU capability."""
+    """A worker process; ``variables`` are added to its environment. It is used after :attr:`about` has been read."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, **variables: str) -> None:
         if importlib.util.find_spec("mergekit") is None:
             raise OracleMissing("mergekit is not installed; it comes with the extra 'test'")
         self._log = log
@@ -37,13 +39,26 @@ class Oracle:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"},
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", **variables},
             )
         self._buffer = b""
-        self.about = self._reply()
-        if self.about["error"] is not None:
-            self.close()
-            raise OracleMissing(f"mergekit cannot be imported: {self.about['error']}")
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """Versions of mergekit and torch, and torch's CPU capability; waits for the import.
+
+        Raises:
+            OracleMissing: the import failed.
+        """
+        reply = self._reply()
+        if reply["error"] is not None:
+            raise OracleMissing(f"mergekit cannot be imported: {reply['error']}")
+        return reply
+
+    @property
+    def fused(self) -> bool:
+        """Whether torch uses fused multiply-adds there."""
+        return self.about["capability"] != "DEFAULT" or platform.machine() not in ("x86_64", "AMD64")
 
     def merge(self, config: str, out: Path, **options: Any) -> Path:
         """Run a merge and return its folder.

@@ -30,12 +30,6 @@ from .recipes import PRECISIONS, RECIPES
 Models = Callable[[str, str, str], Path]
 Record = Callable[[str, str, Distance], None]
 
-FEW = 2e-3
-"""Share of elements that may differ where results are rounded to a dtype narrower than the arithmetic's: a float32
-difference of a few eps moves a result across a rounding boundary of bfloat16 in one of 10000 cases, of float16 in one
-of 1000. More than that would be another formula, not another rounding."""
-
-
 @dataclass(frozen=True)
 class Case:
     """One recipe on one family; ``stored`` is the dtype of the checkpoints, by member or of all."""
@@ -59,26 +53,31 @@ class Case:
 
 
 MIXED = {"base": "float32", "a": "bfloat16", "b": "float16", "c": "bfloat16"}
-MAIN_PRECISIONS = tuple(PRECISIONS)[:4]
+EVERY = [(method, recipe) for method, recipes in RECIPES.items() for recipe in recipes]
+FEW = [(method, recipe) for method, recipe in EVERY if recipe in (next(iter(RECIPES[method])), "filters")]
+MAIN_PRECISIONS, RARE_PRECISIONS = list(PRECISIONS)[:4], list(PRECISIONS)[4:]
 
 
 def cases() -> list[Case]:
-    every = [(m, r) for m, recipes in RECIPES.items() for r in recipes]
-    found = [Case(m, r, "llama", p) for (m, r), p in itertools.product(every, MAIN_PRECISIONS)]
-    # Other architectures: two precisions each, so that all combinations occur among them.
+    found = [Case(m, r, "llama", p) for (m, r), p in itertools.product(EVERY, MAIN_PRECISIONS)]
+    # The other architectures share the precisions among them, one for each recipe.
     for i, family in enumerate(("mistral", "qwen2", "gpt2", "bert")):
-        pairs = MAIN_PRECISIONS[i % 2 :: 2]
-        found += [Case(m, r, family, p) for (m, r), p in itertools.product(every, pairs)]
-    # Other storage: one plain and one elaborate recipe of each method.
-    few = [(m, r) for m, recipes in RECIPES.items() for r in list(recipes)[:1] + [n for n in recipes if n == "filters"]]
-    for stored in ("float16", "float32", MIXED):
-        found += [Case(m, r, "llama", p, stored) for (m, r), p in itertools.product(few, MAIN_PRECISIONS)]
-    rare = tuple(PRECISIONS)[4:]
-    found += [Case(m, r, "qwen2", p) for (m, r), p in itertools.product(few, rare)]
-    found += [Case("ties", "rescale", "qwen2", p) for p in rare]
+        found += [Case(m, r, family, MAIN_PRECISIONS[(i + j) % 4]) for j, (m, r) in enumerate(EVERY)]
+    found += [Case(m, r, "llama", p, MIXED) for (m, r), p in itertools.product(FEW, MAIN_PRECISIONS)]
+    for stored, precision in itertools.product(("float16", "float32"), ("float32, bfloat16", "stored")):
+        found += [Case(m, r, "llama", precision, stored) for m, r in FEW]
+    found += [Case(m, r, "qwen2", p) for (m, r), p in itertools.product([*FEW, ("ties", "rescale")], RARE_PRECISIONS)]
     # Tensors of many chunks.
     found += [Case(m, next(iter(RECIPES[m])), "wide", p) for m, p in itertools.product(RECIPES, ("float32", "stored"))]
     return found
+
+
+DEFAULT_CASES = [
+    Case(method, recipe, "gpt2", precision)
+    for (method, recipe), precision in itertools.product(
+        [*FEW, ("linear", "gradients"), ("ties", "rescale")], ("float32, bfloat16", "float32", "stored")
+    )
+]
 
 
 def config_dtype(folder: Path) -> str | None:
@@ -87,7 +86,7 @@ def config_dtype(folder: Path) -> str | None:
     return found
 
 
-def check(text: str, ours: Path, theirs: Path, record: Record, precision: str) -> Distance:
+def check(text: str, ours: Path, theirs: Path, oracle: Oracle, record: Record, precision: str) -> None:
     """Assert that two outputs of a recipe hold the same tensors, and the same values as far as is promised."""
     plan = planning.make(read_recipe(text))
     plan.close()
@@ -99,17 +98,16 @@ def check(text: str, ours: Path, theirs: Path, record: Record, precision: str) -
         a, b = mine[tensor.name], other[tensor.name]
         assert (a.shape, a.dtype) == (b.shape, b.dtype), tensor.name
         stored = inputs(tensor)
-        if tensor.copy:
-            assert torch.equal(a, b), tensor.name
-            continue
-        ties = undecided(tensor, stored) if plan.method.name == "ties" else None
-        found = distance(a, b, allowance(plan.method.name, tensor, stored), ties)
+        ties = undecided(tensor, stored) if plan.method.name == "ties" and not tensor.copy else None
+        if tensor.copy or torch.equal(a, b):
+            found = distance(a, b, ties=ties)
+        else:
+            found = distance(a, b, allowance(plan.method, tensor, stored, oracle.fused), ties)
         total.add(found)
-        if found.ratio > 1:
+        if found.outside:
             wrong.append(f"{tensor.name}: {found}")
     record(plan.method.name, precision, total)
     assert not wrong, "\n".join([f"{len(wrong)} tensors differ, of which:", *wrong[:5]])
-    return total
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -119,15 +117,23 @@ def test_the_same_recipe_gives_the_same_values(
     text = case.text(model)
     ours = seme.merge(text, tmp_path / "seme", threads=2, memory="8MiB").path
     theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
-    total = check(text, ours, theirs, record, case.precision)
-    if total.worst <= 1:
-        assert total.differing <= max(2, FEW * total.elements)
+    check(text, ours, theirs, oracle, record, case.precision)
     # config.json names the dtype of the tensors. mergekit leaves the donor's as it is if the recipe gives none, which
     # is right only if all models are stored alike.
     written = {str(t.dtype).removeprefix("torch.") for t in load(ours).values() if t.is_floating_point()}
     assert written == {config_dtype(ours)}
     if case.precision != "stored" or isinstance(case.stored, str):
         assert config_dtype(ours) == config_dtype(theirs)
+
+
+@pytest.mark.parametrize("case", DEFAULT_CASES, ids=str)
+def test_mergekit_on_the_best_kernels_of_the_machine(
+    case: Case, model: Models, default_oracle: Oracle, record: Record, tmp_path: Path
+) -> None:
+    text = case.text(model)
+    ours = seme.merge(text, tmp_path / "seme").path
+    theirs = default_oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    check(text, ours, theirs, default_oracle, record, case.precision)
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -138,17 +144,17 @@ def test_without_dtype_seme_computes_as_mergekit_does_in_float32(
     text = case.text(model)
     ours = seme.merge(text.replace(PRECISIONS[case.precision], ""), tmp_path / "seme").path
     theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
-    check(text, ours, theirs, record, case.precision)
+    check(text, ours, theirs, oracle, record, case.precision)
 
 
 # What a trim keeps, made visible: one expert of weight 1, so that an element is either moved or the base's.
 
 
-@pytest.mark.parametrize("density", [1e-4, 0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("density", [1e-4, 0.3, 0.9])
 @pytest.mark.parametrize("member", ["a", "b", "c"])
 @pytest.mark.parametrize("precision", ["float32", "stored"])
 def test_both_trims_keep_exactly_k_and_differ_in_ties_only(
-    precision: str, member: str, density: float, model: Models, oracle: Oracle, record: Record, tmp_path: Path
+    precision: str, member: str, density: float, model: Models, default_oracle: Oracle, record: Record, tmp_path: Path
 ) -> None:
     # lambda carries every kept element away from the base also where base + delta rounds to the base.
     text = Template(
@@ -156,8 +162,8 @@ def test_both_trims_keep_exactly_k_and_differ_in_ties_only(
         f"parameters: {{density: {density}, lambda: 4096}}\n{PRECISIONS[precision]}"
     ).substitute(base=model("qwen2", "base", "bfloat16"), expert=model("qwen2", member, "bfloat16"))
     ours = seme.merge(text, tmp_path / "seme").path
-    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
-    check(text, ours, theirs, record, precision)
+    theirs = default_oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    check(text, ours, theirs, default_oracle, record, precision)
     mine, other = load(ours), load(theirs)
     plan = planning.make(read_recipe(text))
     plan.close()
@@ -182,12 +188,14 @@ def test_the_cases_reach_what_they_are_for(model: Models) -> None:
     assert sum(int(undecided(t, inputs(t)).sum()) for t in plan.tensors) > 100
     plan = planning.make(read_recipe(Case("slerp", "classic", "gpt2", "stored").text(model)))
     plan.close()
-    angles = []
+    cosines = []
     for tensor in plan.tensors:
         v0, v1 = (t.double().reshape(-1) for t in inputs(tensor))
-        angles.append(float(v0 @ v1 / (v0.norm() * v1.norm())))
-    assert min(angles) < 0.9 < 0.9995 < max(angles)
-    assert any(angle != angle for angle in angles), "no zero vector"
+        norms = float(v0.norm() * v1.norm())
+        cosines.append(float(v0 @ v1) / norms if norms else 0.0)
+    assert 0.0 in cosines, "no zero vector"
+    assert any(0 < c < 0.9 for c in cosines)
+    assert max(cosines) > 0.9995
     assert len({t.arguments["t"] for t in plan.tensors}) >= 5
 
 
@@ -236,7 +244,7 @@ def test_an_untied_base_takes_the_embedding_of_a_tied_model_as_its_head(
     ours = seme.merge(text, tmp_path / "seme").path
     theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
     assert "lm_head.weight" in load(ours)
-    check(text, ours, theirs, record, "bfloat16")
+    check(text, ours, theirs, oracle, record, "bfloat16")
 
 
 @pytest.mark.parametrize("donor", ["base", "a"])
@@ -258,7 +266,7 @@ def test_tokenizer_and_config_come_from_the_base_model(
     stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
     # mergekit writes it through transformers, which adds its defaults; what the model says is in both.
     assert {k: mine[k] for k in stored} == {k: reference[k] for k in stored} == {**stored, "dtype": "float16"}
-    check(text, ours, theirs, record, "float32, float16")
+    check(text, ours, theirs, oracle, record, "float32, float16")
 
 
 def test_tokenizer_source_base_with_one_vocabulary(
@@ -267,16 +275,35 @@ def test_tokenizer_source_base_with_one_vocabulary(
     text = Case("task_arithmetic", "scalars", "llama", "float32, bfloat16").text(model) + "tokenizer_source: base\n"
     ours = seme.merge(text, tmp_path / "seme").path
     theirs = oracle.merge(text, tmp_path / "mergekit")
-    check(text, ours, theirs, record, "float32, bfloat16")
+    check(text, ours, theirs, oracle, record, "float32, bfloat16")
     vocabularies = [json.loads((f / "tokenizer.json").read_text())["model"]["vocab"] for f in (ours, theirs)]
     assert vocabularies[0] == vocabularies[1]
+
+
+def test_a_tensor_that_mergekit_drops_is_merged(model: Models, oracle: Oracle, tmp_path: Path) -> None:
+    """mergekit writes what its list of the architecture has; here a q_norm, as newer members of the family have."""
+    name = "model.layers.0.self_attn.q_norm.weight"
+    folders = {}
+    for member, value in (("base", 1.0), ("a", 1.5)):
+        source = model("llama", member, "bfloat16")
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        extra = {name: torch.full((6,), value, dtype=torch.bfloat16)}
+        folders[member] = write(tmp_path / member, {**load(source), **extra}, config)
+    text = (
+        f"merge_method: task_arithmetic\nmodels: [{{model: {folders['a']}, parameters: {{weight: 0.5}}}}]\n"
+        f"base_model: {folders['base']}\n"
+    )
+    mine = load(seme.merge(text, tmp_path / "seme").path)
+    other = load(oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False))
+    assert set(mine) - set(other) == {name}
+    assert mine[name].tolist() == [1.25] * 6
 
 
 def test_shards_hold_the_same_tensors(model: Models, oracle: Oracle, record: Record, tmp_path: Path) -> None:
     text = Case("linear", "scalars", "llama", "stored").text(model)
     ours = seme.merge(text, tmp_path / "seme", out_shard_size=20_000).path
     theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False, out_shard_size=20_000)
-    check(text, ours, theirs, record, "stored")
+    check(text, ours, theirs, oracle, record, "stored")
     maps = [json.loads((f / "model.safetensors.index.json").read_text())["weight_map"] for f in (ours, theirs)]
     assert maps[0].keys() == maps[1].keys()
     assert all(len(set(m.values())) > 1 for m in maps)

@@ -196,9 +196,3 @@ V atomicAdd(V* p, V value) {
     *p += value;
     return old;
 }
-template <class V>
-V atomicOr(V* p, V value) {
-    V old = *p;
-    *p |= value;
-    return old;
-}

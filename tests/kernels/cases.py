@@ -1,0 +1,144 @@
+"""Calls of every op, on tensors that have all that goes wrong: signed zeros, ties, subnormals, inf and NaN.
+
+A kernel is called as the ops call it, on flat tensors, into an output with guards around it; what it gives is
+compared with the reference bit by bit. A NaN equals a NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from seme import dtypes
+from seme.dtypes import DType, bfloat16, float16, float32, float64
+from seme.ops._op import Op, Spec
+from seme.ops._registry import OPS
+from seme.ops._task_vectors import UNLIMITED, deltas, magnitude_keys
+
+Tensors = list[torch.Tensor]
+Launch = Callable[..., None]
+
+# Stored dtypes (of the base and the others in turn) and compute dtype.
+DTYPES: dict[str, tuple[tuple[DType, ...], DType]] = {
+    "bf16": ((bfloat16,), bfloat16),
+    "bf16-in-f32": ((bfloat16,), float32),
+    "f16": ((float16,), float16),
+    "f32": ((float32,), float32),
+    "f64": ((float64,), float64),
+    "mixed-in-bf16": ((float32, bfloat16, float64, float16), bfloat16),
+    "mixed-in-f16": ((float64, float16, float32, bfloat16), float16),
+    "mixed-in-f64": ((bfloat16, float32, float16, float64), float64),
+}
+SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-41, 6e-8, 65504.0, 65520.0, 3.4e38, 5e-324)
+
+
+def make_tensors(numel: int, stored: tuple[DType, ...], count: int = 4, seed: int = 0) -> Tensors:
+    """`count` tensors: a base and others that equal it in half of the elements and often differ by the same."""
+    generator = torch.Generator().manual_seed(seed + numel)
+
+    def normal() -> torch.Tensor:
+        return torch.randn(numel, dtype=torch.float64, generator=generator)
+
+    base = normal()
+    tensors = [base]
+    for _ in range(count - 1):
+        changed = torch.rand(numel, generator=generator) < 0.5
+        tensors.append(base + torch.where(changed, (normal() * 8).round() / 64, 0.0))
+    if numel >= 63:
+        for tensor in tensors:
+            places = torch.randperm(numel, generator=generator)[: len(SPECIAL)]
+            tensor[places] = torch.tensor(SPECIAL, dtype=torch.float64)
+            tensor[-5:] = -0.0  # a base of -0 keeps its sign only if nothing but -0 is added
+    return [t.to(stored[i % len(stored)].to_torch()) for i, t in enumerate(tensors)]
+
+
+def middle_keys(tensors: Tensors, compute: DType) -> list[int]:
+    """The key in the middle of each task vector: many elements have it, or zero."""
+    keys = [magnitude_keys(delta).sort().values for delta in deltas(tensors, compute)]
+    return [int(k[int(0.7 * len(k))]) if len(k) else 0 for k in keys]
+
+
+def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, dict[str, Any]]]:
+    """(tensors, arguments) of several calls of one op."""
+    n, numel = len(tensors) - 1, tensors[0].numel()
+    weights = [0.3, -0.7, 1.1, 0.5][:n]
+    if name == "weighted_sum":
+        return [(tensors, {"weights": [0.2, *weights], "divisor": d}) for d in (1.0, 0.7)]
+    if name == "task_vector_sum":
+        few = (tensors[:1], {"weights": []})
+        return [few] + [(tensors, {"weights": weights, "divisor": d, "scale": s}) for d, s in ((1.0, 1.0), (0.7, 1.3))]
+    if name == "inner_products":
+        return [(tensors[:1], {}), (tensors[:3], {})]
+    if name == "nonfinite":
+        return [(tensors, {})]
+    keys = middle_keys(tensors, compute)
+    if name == "magnitude_histogram":
+        bits = {2: 15, 4: 31, 8: 63}[compute.itemsize]
+        whole = {"lowest": [0] * n, "shift": [bits - 15] * n}
+        narrow = {"lowest": [max(0, k - 20) for k in keys], "shift": [i % 2 for i in range(n)]}
+        none = {"lowest": [2**63 - 1] * n, "shift": [47] * n}
+        return [(tensors, whole), (tensors, narrow), (tensors, none)]
+    if name == "tie_counts":
+        return [(tensors, {"thresholds": keys}), (tensors, {"thresholds": [0, 2**63 - 1, keys[-1]][:n]})]
+    some = max(1, numel // 9)
+    selections = [
+        {"thresholds": keys, "tie_quotas": [UNLIMITED] * n},
+        {"thresholds": keys, "tie_quotas": [some] * n},
+        {"thresholds": [0, *keys[1:]], "tie_quotas": [some, 0, UNLIMITED, 1][:n]},
+        {"thresholds": [2**63 - 1] * n, "tie_quotas": [0] * n},
+    ]
+    if name == "trimmed_l1":
+        return [(tensors, s) for s in selections]
+    assert name == "ties", f"tests/kernels/cases.py has no calls of {name}"
+    plain = {"weights": weights, "factors": [1.0] * n}
+    scaled = {"weights": weights, "factors": [1.0, 1.7, 0.9, 2.0][:n], "scale": 0.9, "normalize": False}
+    return [(tensors, {**s, **(scaled if i == 1 else plain)}) for i, s in enumerate(selections)]
+
+
+def compare(launch: Launch, name: str, tensors: Tensors, arguments: dict[str, Any], compute: DType) -> None:
+    """Fails unless `launch` gives the bits of the reference and leaves the memory around its output alone."""
+    op = OPS[name]
+    specs = [Spec(tuple(t.shape), dtypes.from_torch(t.dtype)) for t in tensors]
+    params = op.check(specs, compute_dtype=compute, **arguments)
+    result = op.result(specs, params)
+    params.pop("out_dtype", None)
+    expected = op.reference(tensors, **params).to(result.dtype.to_torch()).reshape(result.shape)
+    out = output(op, result)
+    flat = [t.contiguous().view(-1) for t in tensors]
+    launch(flat, out[GUARD:-GUARD], **params)
+    check_bits(out, guarded(op, expected))
+
+
+GUARD = 24
+STARTS_AT = 5  # what an accumulating op finds in its output
+
+
+def output(op: Op, result: Spec) -> torch.Tensor:
+    """Flat memory for a result, poisoned, between two guards."""
+    poison = STARTS_AT if op.accumulates else float("nan")
+    return torch.full((result.numel + 2 * GUARD,), poison, dtype=result.dtype.to_torch())
+
+
+def guarded(op: Op, expected: torch.Tensor) -> torch.Tensor:
+    """What :func:`output` has to hold after the call."""
+    out = output(op, Spec(tuple(expected.shape), dtypes.from_torch(expected.dtype)))
+    inside = out[GUARD:-GUARD]
+    inside.copy_(
+        expected.reshape(-1) + (STARTS_AT if op.accumulates else 0) if op.accumulates else expected.reshape(-1)
+    )
+    return out
+
+
+def check_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal bits; any NaN for a NaN."""
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[found.element_size()]
+    differ = found.view(bits) != expected.view(bits)
+    if found.is_floating_point():
+        differ &= ~(found.isnan() & expected.isnan())
+    where = differ.nonzero()[:5]
+    got, want = found[differ][:5].tolist(), expected[differ][:5].tolist()
+    assert not len(where), f"at {where.flatten().tolist()}: {got} instead of {want}"

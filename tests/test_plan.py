@@ -1,0 +1,536 @@
+"""seme/plan.py: what is decided, and refused, before the first byte is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from seme import plan as planning
+from seme.config import load
+from seme.errors import CheckpointError, ConfigError, SemeError, TargetError
+from seme.plan import Plan, TensorPlan
+
+from .checkpoints import CONFIG, decoder, tokenizer, write
+
+EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """base, a and b, alike but for their values; the folder is the current one."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "a", "b")):
+        write(Path(name), decoder(seed))
+    return tmp_path
+
+
+def plan(target: Path | None = None, overwrite: bool = False, **recipe: Any) -> Plan:
+    recipe = {"merge_method": "linear", "models": ["a", "b"], "parameters": {"weight": 1}, **recipe}
+    recipe["models"] = [{"model": m} if isinstance(m, str) else m for m in recipe["models"]]
+    made = planning.make(load(recipe), target, overwrite=overwrite)
+    made.close()
+    return made
+
+
+def tensor(made: Plan, name: str) -> TensorPlan:
+    return next(t for t in made.tensors if t.name == name)
+
+
+def arguments(made: Plan, name: str) -> Any:
+    return tensor(made, name).arguments
+
+
+class TestParameters:
+    def test_gradients_run_over_the_layers_and_elsewhere_give_their_first_value(self, models: Path) -> None:
+        made = plan(merge_method="slerp", models=["a"], base_model="base", parameters={"t": [0, 0.5, 1]})
+        values = {t.name: t.arguments["t"] for t in made.tensors}
+        for i, expected in enumerate((0, 0.5, 1)):
+            assert {v for n, v in values.items() if f"layers.{i}." in n} == {expected}
+        assert values[EMBED] == values[HEAD] == values[NORM] == 0
+
+    def test_the_only_layer_is_the_last(self, models: Path) -> None:
+        for seed, name in enumerate(("base", "a")):
+            write(Path(name), decoder(seed, layers=1))
+        made = plan(merge_method="slerp", models=["a"], base_model="base", parameters={"t": [0, 1]})
+        assert arguments(made, "model.layers.0.mlp.up_proj.weight")["t"] == 1
+        assert arguments(made, EMBED)["t"] == 0
+
+    def test_every_stack_has_a_depth_of_its_own(self, tmp_path: Path) -> None:
+        names = [
+            "vision.blocks.0.w",
+            "vision.blocks.1.w",
+            *(f"h.{i}.experts.{j}.w" for i in range(5) for j in range(2)),
+        ]
+        for name in ("a", "b"):
+            write(tmp_path / name, {n: torch.ones(2) for n in names})
+        entries = [{"model": str(tmp_path / n)} for n in ("a", "b")]
+        made = plan(models=entries, parameters={"weight": [0, 1]})
+        depth = {t.name: t.arguments["weight"][0] for t in made.tensors}
+        assert [depth[f"vision.blocks.{i}.w"] for i in (0, 1)] == [0, 1]
+        assert [depth[f"h.{i}.experts.{j}.w"] for i in range(5) for j in range(2)] == [
+            i / 4 for i in range(5) for _ in range(2)
+        ]
+
+    def test_filters_choose_by_the_tensors_name(self, models: Path) -> None:
+        weight = [{"filter": "mlp", "value": 1}, {"filter": "layers.1.", "value": [0, 1]}, {"value": 3}]
+        made = plan(parameters={"weight": weight})
+        assert arguments(made, "model.layers.0.mlp.up_proj.weight")["weight"] == [1, 1]
+        assert arguments(made, "model.layers.1.self_attn.q_proj.weight")["weight"] == [0.5, 0.5]
+        assert arguments(made, NORM)["weight"] == [3, 3]
+
+    def test_an_entrys_parameter_goes_before_the_top_levels_goes_before_the_default(self, models: Path) -> None:
+        entries = [
+            {"model": "a", "parameters": {"weight": 2, "density": {"filter": "mlp", "value": 0.5}}},
+            {"model": "b"},
+        ]
+        made = plan(merge_method="ties", models=entries, base_model="base", parameters={"weight": 7})
+        up = arguments(made, "model.layers.0.mlp.up_proj.weight")
+        assert (up["weight"], up["density"], up["normalize"], up["lambda_"]) == ([2, 7], [0.5, 1.0], True, 1.0)
+        assert arguments(made, NORM)["density"] == [1.0, 1.0]  # no condition matches: on to the next scope
+        made = plan(merge_method="ties", models=entries, base_model="base", parameters={"weight": 7, "density": 0.25})
+        assert arguments(made, "model.layers.0.mlp.up_proj.weight")["density"] == [0.5, 0.25]
+        assert arguments(made, NORM)["density"] == [0.25, 0.25]
+
+    def test_written_numbers_become_numbers(self, models: Path) -> None:
+        made = plan(
+            merge_method="ties", base_model="base", parameters={"weight": "1e-5", "lambda": "2", "normalize": 0}
+        )
+        found = arguments(made, NORM)
+        assert (found["weight"], found["lambda_"], found["normalize"]) == ([1e-5, 1e-5], 2.0, False)
+
+    def test_a_base_that_is_not_listed_comes_last(self, models: Path) -> None:
+        made = plan(merge_method="ties", base_model="base")
+        assert [m.ref.path for m in made.models] == ["a", "b", "base"]
+        assert tensor(made, NORM).group.base == 2
+        assert tensor(made, NORM).group.experts == (0, 1)
+        assert [s.file.parent.name for s in tensor(made, NORM).sources] == ["a", "b", "base"]
+        assert made.donor == 2
+
+    def test_a_base_that_is_listed_stays_where_it_is_and_needs_no_weight(self, models: Path) -> None:
+        entries = [{"model": "base"}, {"model": "a", "parameters": {"weight": 1}}]
+        made = plan(merge_method="ties", models=entries, base_model="base", parameters={})
+        assert [m.ref.path for m in made.models] == ["base", "a"]
+        assert tensor(made, NORM).group.base == 0
+        assert arguments(made, NORM)["weight"] == [1]
+
+    def test_in_whatever_spelling(self, models: Path) -> None:
+        Path("link").symlink_to("base")
+        for spelling in ("./base", "base/", str(models / "base"), "link", "a/../base"):
+            made = plan(merge_method="ties", models=["base", "a"], base_model=spelling)
+            assert [m.ref.path for m in made.models] == ["base", "a"]
+            assert tensor(made, NORM).group.base == 0
+
+    def test_a_method_without_base_takes_it_as_one_more_input(self, models: Path) -> None:
+        made = plan(base_model="base")
+        assert tensor(made, NORM).group.base is None
+        assert arguments(made, NORM)["weight"] == [1, 1, 1]
+        assert made.donor == 2
+        with pytest.raises(ConfigError, match=r"^base: weight: missing for tensor lm_head.weight; weight: "):
+            plan(models=[{"model": "a", "parameters": {"weight": 1}}], base_model="base", parameters={})
+
+    def test_without_a_base_the_first_model_is_the_donor(self, models: Path) -> None:
+        assert plan().donor == 0
+
+
+class TestRecipeMistakes:
+    @pytest.mark.parametrize(
+        ("recipe", "message"),
+        [
+            ({"merge_method": "tie"}, "merge_method: unknown method 'tie'; did you mean 'ties'?"),
+            ({"merge_method": "ties"}, "base_model: missing; ties works relative to it: add base_model: PATH"),
+            ({"merge_method": "slerp", "base_model": "base"}, "models: slerp takes 2 models, base included; found 3"),
+            ({"merge_method": "slerp", "models": ["base"], "base_model": "base"}, "models: slerp takes 2 models"),
+            ({"parameters": {"wieght": 1}}, "parameters.wieght: linear has no such parameter; did you mean 'weight'?"),
+            (
+                {"models": [{"model": "a", "parameters": {"densty": 1}}], "merge_method": "ties", "base_model": "base"},
+                "models[0].parameters.densty: ties has no such parameter; did you mean 'density'?",
+            ),
+            (
+                {"models": ["b", {"model": "a", "parameters": {"normalize": True}}]},
+                "models[1].parameters.normalize: shared by all models; move it to the top-level parameters",
+            ),
+            (
+                {"parameters": {}},
+                "a: weight: missing for tensor lm_head.weight; weight: weight of the model.",
+            ),
+            (
+                {"merge_method": "slerp", "models": ["a"], "base_model": "base", "parameters": {}},
+                "parameters.t: missing for tensor lm_head.weight; t: 0 gives the base model",
+            ),
+            ({"parameters": {"weight": "much"}}, "parameters.weight: 'much': expected a finite number"),
+            ({"parameters": {"weight": [1, "x"]}}, "parameters.weight: 'x': expected a finite number"),
+            (
+                {"parameters": {"weight": 1, "normalize": "perhaps"}},
+                "parameters.normalize: 'perhaps': expected true or",
+            ),
+            ({"models": ["a", "none/such"]}, "none/such: neither a local folder nor a model the hub gives"),
+        ],
+    )
+    def test_are_named(
+        self, recipe: dict[str, Any], message: str, models: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(SemeError) as e:
+            plan(target=Path("out"), **recipe)
+        assert str(e.value).startswith(message)
+        assert sorted(os.listdir()) == ["a", "b", "base"]
+
+    def test_those_of_the_recipe_come_before_anything_is_opened(self, models: Path) -> None:
+        with pytest.raises(ConfigError, match=r"^parameters.wieght"):
+            plan(models=["./none", "./neither"], parameters={"wieght": 1})
+
+
+class TestDtypes:
+    @pytest.mark.parametrize(
+        ("stored", "recipe", "compute", "out"),
+        [
+            ((torch.bfloat16, torch.bfloat16), {}, "float32", "bfloat16"),
+            ((torch.bfloat16, torch.float16), {}, "float32", "float32"),
+            ((torch.float64, torch.float16), {}, "float64", "float64"),
+            ((torch.bfloat16, torch.bfloat16), {"compat": "mergekit"}, "bfloat16", "bfloat16"),
+            ((torch.bfloat16, torch.bfloat16), {"dtype": "float32"}, "float32", "float32"),
+            ((torch.bfloat16, torch.bfloat16), {"dtype": "float32", "out_dtype": "float16"}, "float32", "float16"),
+            ((torch.float32, torch.float32), {"out_dtype": "bfloat16"}, "float32", "bfloat16"),
+            ((torch.float32, torch.float32), {"dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+        ],
+    )
+    def test_of_computing_and_of_the_output(
+        self, stored: tuple[torch.dtype, ...], recipe: dict[str, Any], compute: str, out: str, models: Path
+    ) -> None:
+        for seed, (name, dtype) in enumerate(zip("ab", stored)):
+            write(Path(name), decoder(seed, dtype))
+        made = plan(**recipe)
+        group = tensor(made, NORM).group
+        assert (group.compute_dtype.name, group.out_dtype.name, made.out_dtype.name) == (compute, out, out)
+        assert tensor(made, NORM).spec.dtype.name == out
+
+    def test_of_the_output_as_a_whole_is_that_of_most_elements(self, models: Path) -> None:
+        for seed, name in enumerate("ab"):
+            mixed = {k: v.bfloat16() if "proj" in k or "head" in k else v for k, v in decoder(seed).items()}
+            write(Path(name), mixed)
+        made = plan()
+        assert made.out_dtype.name == "bfloat16"
+        assert tensor(made, NORM).spec.dtype.name == "float32"
+
+
+class TestTensors:
+    def test_come_in_the_order_of_the_donors_file(self, models: Path) -> None:
+        made = plan(base_model="base")
+        donor = made.models[made.donor].checkpoint
+        assert [t.name for t in made.tensors] == list(donor.tensors)
+        assert made.layout.slots.keys() == donor.tensors.keys()
+
+    def test_numbers_of_the_plan(self, models: Path) -> None:
+        made = plan()
+        size = sum(t.numel() * 4 for t in decoder(0).values())
+        assert made.bytes_read == 2 * size
+        assert made.layout.total_size == size
+        assert made.bytes_written == size + len(made.layout.headers[0])
+
+    def test_that_one_model_lacks(self, models: Path) -> None:
+        tensors = decoder(1)
+        del tensors[NORM], tensors["model.layers.1.mlp.up_proj.weight"]
+        write(Path("b"), tensors)
+        with pytest.raises(CheckpointError) as e:
+            plan()
+        assert str(e.value) == (
+            "b: tensor model.layers.1.mlp.up_proj.weight (and 1 more) is missing, a/model.safetensors has it; "
+            "all models need the same tensors"
+        )
+
+    def test_that_one_model_has_too_many(self, models: Path) -> None:
+        write(Path("b"), {**decoder(1), "extra.weight": torch.ones(3)})
+        with pytest.raises(CheckpointError) as e:
+            plan()
+        assert str(e.value) == (
+            "b/model.safetensors: tensor extra.weight is not in a; "
+            "all models need the same tensors, nothing is dropped silently"
+        )
+
+    def test_whose_shapes_differ_are_named_with_both_files(self, models: Path) -> None:
+        write(Path("b"), {**decoder(1), NORM: torch.ones(9)})
+        with pytest.raises(CheckpointError) as e:
+            plan()
+        assert str(e.value) == (
+            "b/model.safetensors: tensor model.norm.weight has shape [9], [8] in a/model.safetensors; "
+            "only models of one shape merge"
+        )
+        write(Path("b"), decoder(1, vocab=19))
+        with pytest.raises(CheckpointError) as e:
+            plan()
+        assert str(e.value) == (
+            "b/model.safetensors: tensor lm_head.weight has shape [19, 8], [17, 8] in a/model.safetensors; "
+            "vocabularies differ: give the models one vocabulary first"
+        )
+
+    def test_of_equal_size_but_other_shape(self, models: Path) -> None:
+        write(Path("b"), {**decoder(1), NORM: torch.ones(2, 4)})
+        with pytest.raises(CheckpointError, match=r"has shape \[2, 4\], \[8\] in "):
+            plan()
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn])
+    def test_that_are_not_floating_point_are_copied_if_equal(self, dtype: torch.dtype, models: Path) -> None:
+        for seed, name in enumerate("ab"):
+            write(Path(name), {**decoder(seed), "ids": torch.ones(5).to(dtype)})
+        made = plan(dtype="bfloat16")
+        assert tensor(made, "ids").copy
+        assert tensor(made, "ids").spec.dtype.to_torch() == dtype
+        assert tensor(made, "ids").arguments == {}
+        assert not tensor(made, NORM).copy
+        write(Path("b"), {**decoder(1), "ids": torch.tensor([1, 1, 1, 1, 0]).to(dtype)})
+        with pytest.raises(CheckpointError) as e:
+            plan()
+        name = str(dtype).removeprefix("torch.")
+        assert str(e.value) == (
+            f"b/model.safetensors: tensor ids ({name}) differs from a/model.safetensors ({name}); "
+            "tensors that are not floating point must be equal in all models"
+        )
+
+    def test_that_are_integers_here_and_floats_there(self, models: Path) -> None:
+        for name, dtype in (("a", torch.float32), ("b", torch.int32)):
+            write(Path(name), {**decoder(0), "ids": torch.zeros(5, dtype=dtype)})
+        with pytest.raises(CheckpointError, match=r"^b/model.safetensors: tensor ids \(int32\) differs from a/"):
+            plan()
+
+    def test_larger_than_one_piece_are_compared_to_their_end(self, models: Path) -> None:
+        ids = torch.zeros((1 << 22) + 5, dtype=torch.uint8)
+        write(Path("a"), {"ids": ids, "x": torch.zeros(1)})
+        ids[-1] = 1
+        write(Path("b"), {"ids": ids, "x": torch.zeros(1)})
+        with pytest.raises(CheckpointError, match="tensor ids"):
+            plan()
+
+    def test_that_transformers_recomputes_are_left_out_with_a_note(self, models: Path) -> None:
+        name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+        write(Path("a"), {**decoder(0), name: torch.ones(4)})
+        made = plan()
+        assert name not in [t.name for t in made.tensors]
+        assert made.notes == (f"{name} of a: left out, transformers computes it",)
+        write(Path("b"), {**decoder(1), name: torch.ones(4)})
+        made = plan()
+        assert name in [t.name for t in made.tensors]
+        assert made.notes == ()
+
+
+class TestFiles:
+    def test_a_model_may_be_one_file(self, models: Path) -> None:
+        tokenizer(Path("a"), ["x", "y"])
+        made = plan(models=["a/model.safetensors", "b/model.safetensors"])
+        assert [m.checkpoint.path.name for m in made.models] == ["a", "b"]
+        assert made.tokenizer == Path("a")
+
+    def test_errors_leave_no_file_open(self, models: Path) -> None:
+        for seed, name in enumerate("ab"):
+            write(Path(name), {**decoder(seed), "ids": torch.arange(5) + seed})
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(CheckpointError, match="tensor ids"):
+            plan()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_nor_does_a_plan_that_was_closed(self, models: Path) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        for seed, name in enumerate("ab"):
+            write(Path(name), {**decoder(seed), "ids": torch.arange(5)})
+        plan()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Case(NamedTuple):
+    """A head in a donor and an expert: what config.json says of tying, and how the head is stored."""
+
+    donor: tuple[bool | None, str]
+    expert: tuple[bool | None, str]
+    head: str | None
+    """In the output: ``left out``, ``merged`` with the expert's head, ``with embedding``, or an error's words."""
+
+
+KINDS = ("none", "copy", "own")
+TIED = [
+    # said, stored / said, stored
+    Case((True, "none"), (True, "none"), "left out"),
+    Case((True, "none"), (True, "copy"), "left out"),
+    Case((True, "copy"), (True, "none"), "left out"),
+    Case((True, "copy"), (True, "copy"), "left out"),
+    Case((True, "none"), (None, "none"), "left out"),
+    Case((None, "none"), (None, "none"), "left out"),
+    Case((None, "none"), (None, "copy"), "left out"),
+    Case((None, "none"), (True, "copy"), "left out"),
+    Case((True, "none"), (False, "copy"), "left out"),
+    Case((True, "none"), (False, "own"), "is not in a"),
+    Case((None, "none"), (False, "own"), "is not in a"),
+    Case((True, "copy"), (False, "own"), "is not in a"),
+    Case((True, "none"), (True, "own"), "is not in a"),
+    # A stored head that is no copy is a head, whatever config.json says; transformers loads it as one, too.
+    Case((True, "own"), (True, "own"), "merged"),
+    Case((True, "own"), (True, "none"), "with embedding"),
+    Case((False, "own"), (False, "own"), "merged"),
+    Case((False, "own"), (True, "none"), "with embedding"),
+    Case((False, "own"), (None, "none"), "with embedding"),
+    Case((False, "own"), (True, "copy"), "merged"),
+    Case((False, "copy"), (False, "copy"), "merged"),
+    Case((False, "own"), (False, "none"), "is missing"),
+    Case((None, "own"), (None, "own"), "merged"),
+    Case((None, "own"), (True, "none"), "with embedding"),
+    Case((None, "copy"), (None, "copy"), "merged"),
+]
+
+
+def model(folder: str, seed: int, said: bool | None, stored: str, layout: str = "single") -> None:
+    tensors = decoder(seed, head=stored == "own")
+    if stored == "copy":
+        tensors[HEAD] = tensors[EMBED] if layout == "bin" else tensors[EMBED].clone()
+    config = {k: v for k, v in CONFIG.items() if k != "tie_word_embeddings"}
+    if said is not None:
+        config["tie_word_embeddings"] = said
+    shutil.rmtree(folder, ignore_errors=True)
+    write(Path(folder), tensors, config, layout)
+
+
+class TestTiedHeads:
+    def outcome(self) -> str:
+        try:
+            made = plan()
+        except CheckpointError as e:
+            return (
+                "is not in a" if f"{HEAD} is not in a" in str(e) else "is missing" if "is missing" in str(e) else str(e)
+            )
+        heads = [t for t in made.tensors if t.name == HEAD]
+        if not heads:
+            return "left out"
+        return "merged" if heads[0].sources[1].name == HEAD else "with embedding"
+
+    @pytest.mark.parametrize("case", TIED, ids=lambda c: f"{c.donor}-{c.expert}")
+    def test_every_case(self, case: Case, models: Path) -> None:
+        model("a", 0, *case.donor)
+        model("b", 1, *case.expert)
+        assert self.outcome() == case.head
+
+    def test_each_copy_left_out_is_noted(self, models: Path) -> None:
+        model("a", 0, True, "copy")
+        model("b", 1, True, "copy")
+        assert plan().notes == tuple(f"{HEAD} of {m}: left out, it is the tied input embedding" for m in "ab")
+
+    def test_one_memory_in_a_pickle_is_tied_without_a_config(self, models: Path) -> None:
+        model("a", 0, None, "copy", "bin")
+        model("b", 1, None, "copy", "bin")
+        assert self.outcome() == "left out"
+        model("b", 1, None, "own", "bin")
+        assert self.outcome() == "is not in a"
+        model("a", 0, False, "copy", "bin")  # unless it says otherwise
+        assert self.outcome() == "merged"
+        model("a", 0, None, "own", "bin")
+        model("b", 1, None, "copy", "bin")
+        assert self.outcome() == "merged"
+
+    def test_a_nested_config_is_read(self, models: Path) -> None:
+        for seed, name in enumerate("ab"):
+            write(Path(name), decoder(seed, head=False), {"text_config": {"tie_word_embeddings": True}})
+        write(Path("b"), decoder(1), {"text_config": {"tie_word_embeddings": True}})
+        assert self.outcome() == "is not in a"
+        write(Path("a"), decoder(0), {"text_config": {"tie_word_embeddings": False}})
+        write(Path("b"), decoder(1, head=False), {"text_config": {"tie_word_embeddings": True}})
+        assert self.outcome() == "with embedding"
+
+    def test_a_head_of_another_shape_is_not_its_embedding(self, models: Path) -> None:
+        # As in models that were given a classifier instead.
+        model("a", 0, True, "none")
+        write(Path("b"), {**decoder(1, head=False), HEAD: torch.zeros(5, 8)}, {**CONFIG, "tie_word_embeddings": True})
+        assert self.outcome() == "is not in a"
+
+    def test_a_base_that_is_the_donor_decides(self, models: Path) -> None:
+        model("base", 2, True, "none")
+        model("a", 0, True, "copy")
+        model("b", 1, True, "none")
+        made = plan(merge_method="ties", base_model="base")
+        assert HEAD not in [t.name for t in made.tensors]
+        assert made.notes == (f"{HEAD} of a: left out, it is the tied input embedding",)
+
+
+class TestTargets:
+    def refused(self, target: str | Path, message: str, **options: Any) -> None:
+        before = sorted(str(p) for p in Path().rglob("*"))
+        with pytest.raises(TargetError) as e:
+            plan(target=Path(target), **options)
+        assert str(e.value).startswith(message), str(e.value)
+        assert sorted(str(p) for p in Path().rglob("*")) == before
+
+    def test_that_are_fine(self, models: Path) -> None:
+        Path("empty").mkdir()
+        for target in ("out", "new/folder/out", "empty", str(models / "absolute")):
+            plan(target=Path(target))
+        assert not Path("out").exists()
+        assert not Path("new").exists()
+
+    def test_not_empty(self, models: Path) -> None:
+        Path("out").mkdir()
+        Path("out/x").touch()
+        self.refused("out", "out: not empty; choose another folder or pass --overwrite")
+        plan(target=Path("out"), overwrite=True)
+
+    def test_a_file(self, models: Path) -> None:
+        Path("out").touch()
+        for overwrite in (False, True):
+            self.refused("out", "out: exists and is not a folder", overwrite=overwrite)
+
+    @pytest.mark.parametrize("target", ["a", "./a", "b/", "base/../a", "link", "a/sub", "a/sub/sub", ".", ".."])
+    def test_that_are_hold_or_lie_in_a_source(self, target: str, models: Path) -> None:
+        Path("link").symlink_to("a")
+        words = ": is, holds or lies in the input model "
+        self.refused(target, f"{Path(target)}{words}", overwrite=True)
+
+    def test_that_hold_the_tokenizers_source(self, models: Path) -> None:
+        tokenizer(Path("words"), ["x", "y"])
+        self.refused("words", "words: is, holds or lies in", overwrite=True, tokenizer_source="words")
+
+    def test_that_a_link_leads_to(self, models: Path) -> None:
+        Path("link").symlink_to("b")
+        plan(target=Path("out"), models=["a", "link"])
+        self.refused("b", "b: is, holds or lies in the input model link", models=["a", "link"], overwrite=True)
+
+    def test_without_space(self, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        needed = plan().bytes_written
+        asked = []
+
+        def usage(free: int) -> Callable[[Path], Any]:
+            def disk_usage(path: Path) -> Any:
+                asked.append(Path(path))
+                return shutil._ntuple_diskusage(10**12, 0, free)  # type: ignore[attr-defined]
+
+            return disk_usage
+
+        monkeypatch.setattr(shutil, "disk_usage", usage(needed))
+        plan(target=Path("new/out"))
+        monkeypatch.setattr(shutil, "disk_usage", usage(needed - 1))
+        self.refused("new/out", "new/out: the output needs 10.0 kB, 10.0 kB are free; make room")
+        assert {p.resolve() for p in asked} == {models}
+
+
+class TestTokenizers:
+    def test_of_the_donor_by_default(self, models: Path) -> None:
+        assert plan().tokenizer == Path("a")
+        assert plan(base_model="base").tokenizer == Path("base")
+
+    def test_of_another_source_with_the_same_vocabulary(self, models: Path) -> None:
+        for name in ("a", "b", "base"):
+            tokenizer(Path(name), ["x", "y"])
+        assert plan(tokenizer_source="b").tokenizer == Path("b")
+        assert plan(tokenizer_source="base", base_model="base").tokenizer == Path("base")
+        assert plan(tokenizer_source="a/model.safetensors").tokenizer == Path("a")
+
+    def test_whose_vocabularies_differ(self, models: Path) -> None:
+        tokenizer(Path("a"), ["x", "y", "z"])
+        tokenizer(Path("b"), ["x", "z", "y"])
+        with pytest.raises(CheckpointError) as e:
+            plan(tokenizer_source="a")
+        assert str(e.value) == (
+            "b: its vocabulary differs from a: token 'y' has id 1 there and 2 here; "
+            "merge models of one vocabulary, or leave tokenizer_source out to merge the rows as they are"
+        )
+        plan()  # without it the rows are merged as they are
