@@ -36,10 +36,10 @@ void inner_products(const std::vector<View>& tensors, DType compute, double* out
 void nonfinite(const std::vector<View>& tensors, bool zero, int64_t* out, int threads);
 
 // Ops on task vectors: tensors[0] is the base, the n others have one entry each in the other vectors.
-void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor,
-                     double scale, DType compute, View out, int threads);
+void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor, double scale,
+                     DType compute, View out, int threads);
 
-// Adds to out[n, kBins + 2], but for the last column, where it sets bits.
+// Adds to out[n, kBins + 2].
 void magnitude_histogram(const std::vector<View>& tensors, const std::vector<int64_t>& lowest,
                          const std::vector<int64_t>& shift, DType compute, int64_t* out, int threads);
 
@@ -47,9 +47,9 @@ void magnitude_histogram(const std::vector<View>& tensors, const std::vector<int
 void tie_counts(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds, DType compute, int64_t* out,
                 int threads);
 
-void ties(const std::vector<View>& tensors, const std::vector<double>& weights,
-          const std::vector<int64_t>& thresholds, const std::vector<int64_t>& tie_quotas,
-          const std::vector<double>& factors, bool normalize, double scale, DType compute, View out, int threads);
+void ties(const std::vector<View>& tensors, const std::vector<double>& weights, const std::vector<int64_t>& thresholds,
+          const std::vector<int64_t>& tie_quotas, const std::vector<double>& factors, bool normalize, double scale,
+          DType compute, View out, int threads);
 
 // out[blocks, n, 2]
 void trimmed_l1(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds,

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-PROMPTS = ("def __init__(self", "namespace c10 {")
+PROMPTS = ("    def close(self):\n        if self.", "  return std::")
 
 RECIPE = """\
 # Adds 0.6 of what each expert learned to the base they both started from.
@@ -60,8 +61,8 @@ class Sizes:
         batch: sequences per step.
         base_steps: optimizer steps of the base.
         expert_steps: optimizer steps of each expert.
-        train_bytes: characters of each domain to train on.
-        valid_bytes: characters of each domain to measure on, from other files.
+        train_chars: characters of each domain to train on.
+        valid_chars: characters of each domain to measure on, from other files.
     """
 
     vocabulary: int = 1024
@@ -71,8 +72,8 @@ class Sizes:
     batch: int = 8
     base_steps: int = 700
     expert_steps: int = 300
-    train_bytes: int = 600_000
-    valid_bytes: int = 50_000
+    train_chars: int = 600_000
+    valid_chars: int = 50_000
 
 
 def run(
@@ -173,10 +174,7 @@ def _settings(seed: int) -> Iterator[None]:
     try:
         import torch
 
-        try:
-            from transformers.utils import logging
-        except ImportError as e:
-            raise SemeError(f"demo: transformers cannot be imported ({e}): pip install 'seme[demo]'") from e
+        logging = _transformers().utils.logging
         verbosity, bars, threads = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_num_threads()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -197,6 +195,13 @@ def _settings(seed: int) -> Iterator[None]:
             os.environ["HF_HUB_OFFLINE"] = offline
 
 
+def _transformers() -> Any:
+    try:
+        return import_module("transformers")
+    except ImportError as e:
+        raise SemeError(f"demo: transformers cannot be imported ({e}): pip install 'seme[demo]'") from e
+
+
 def _quoted(path: Path) -> str:
     """The absolute path as a YAML string: JSON's strings are."""
     return json.dumps(str(path.resolve()), ensure_ascii=False)
@@ -205,14 +210,10 @@ def _quoted(path: Path) -> str:
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def _files(folder: Path, pattern: str, skip: Iterable[str] = ()) -> list[Callable[[], str]]:
-    """Readers of the files below ``folder``, in the order of their names; folders named in ``skip`` are left out."""
-
-    def reader(path: Path) -> Callable[[], str]:
-        return lambda: path.read_text(encoding="utf-8", errors="replace")
-
-    found = sorted((p.relative_to(folder).as_posix(), p) for p in folder.rglob(pattern) if p.is_file())
-    return [reader(path) for name, path in found if not set(name.split("/")[:-1]) & set(skip)]
+def _files(folder: Path, pattern: str, skip: Iterable[str] = ()) -> list[Path | str]:
+    """Files below ``folder`` in the order of their names, without those in folders named in ``skip``."""
+    found = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob(pattern) if path.is_file())
+    return [path for name, path in found if not set(name.split("/")[:-1]) & set(skip)]
 
 
 def _torch_folder() -> Path:
@@ -221,18 +222,18 @@ def _torch_folder() -> Path:
     return Path(torch.__file__).parent
 
 
-def _language_reference() -> list[Callable[[], str]]:
+def _language_reference() -> list[Path | str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
         return []
-    return [lambda text=text: text for _, text in sorted(topics.items())]
+    return [text for _, text in sorted(topics.items())]
 
 
 NO_SOURCES = ("site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data")
 
-# Where the text of each domain is looked for; the first place with enough of it is taken.
-SOURCES: Mapping[str, tuple[tuple[str, Callable[[], list[Callable[[], str]]]], ...]] = {
+# Where the text of each domain is looked for, as files or as text; the first place with enough of it is taken.
+SOURCES: dict[str, tuple[tuple[str, Callable[[], list[Path | str]]], ...]] = {
     "prose": (
         ("the topics of pydoc", _language_reference),
         ("the descriptions of installed packages", lambda: _files(_torch_folder().parent, "*.dist-info/METADATA")),
@@ -249,32 +250,45 @@ SOURCES: Mapping[str, tuple[tuple[str, Callable[[], list[Callable[[], str]]]], .
 
 
 def _texts(domain: str, sizes: Sizes, seed: int) -> tuple[list[str], list[str]]:
-    """Documents to train on and, from other files, to measure on; about as long as ``sizes`` says.
+    """Texts to train on and texts to measure on, about as long as ``sizes`` says.
+
+    The two come from different files, and paragraphs that files share are not trained on if they are measured on.
 
     Raises:
         SemeError: no place has enough text of the domain.
     """
-    found = []
-    for place, readers_of in SOURCES[domain]:
-        readers = readers_of()
-        random.Random(seed).shuffle(readers)
-        documents = (read()[:40_000] for read in readers)  # no single file is to dominate
-        valid = _take(documents, sizes.valid_bytes)
-        train = _take(documents, sizes.train_bytes)
-        if sum(map(len, train)) >= sizes.train_bytes // 4:
+    tried = []
+    for place, find in SOURCES[domain]:
+        found = find()
+        random.Random(seed).shuffle(found)
+        # No single file is to dominate, hence the cut.
+        texts = ((x if isinstance(x, str) else x.read_text(encoding="utf-8", errors="replace"))[:40_000] for x in found)
+        valid = _take(texts, sizes.valid_chars)
+        held_out = {paragraph for text in valid for paragraph in _paragraphs(text) if len(paragraph) > 80}
+        train = _take((_without(text, held_out) for text in texts), sizes.train_chars)
+        if sum(map(len, train)) >= sizes.train_chars // 4:
             return train, valid
-        found.append(f"{place} ({len(readers)} files)")
+        tried.append(f"{place} ({len(found)} files)")
     raise SemeError(
-        f"demo: too little {domain} text in this Python: {', '.join(found)}; use one with its standard library as files"
+        f"demo: too little {domain} text in this Python: {', '.join(tried)}; use one with its standard library as files"
     )
 
 
-def _take(documents: Iterator[str], length: int) -> list[str]:
+def _take(texts: Iterator[str], length: int) -> list[str]:
+    """The next texts until they have ``length`` characters together."""
     taken: list[str] = []
-    while length > 0 and (document := next(documents, None)) is not None:
-        taken.append(document)
-        length -= len(document)
+    while length > 0 and (text := next(texts, None)) is not None:
+        taken.append(text)
+        length -= len(text)
     return taken
+
+
+def _paragraphs(text: str) -> list[str]:
+    return text.split("\n\n")
+
+
+def _without(text: str, held_out: set[str]) -> str:
+    return "\n\n".join(paragraph for paragraph in _paragraphs(text) if paragraph not in held_out)
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -283,7 +297,6 @@ def _take(documents: Iterator[str], length: int) -> list[str]:
 def _train_tokenizer(documents: Iterable[str], vocabulary: int) -> Any:
     """A byte-level BPE tokenizer with special tokens and a chat template, as AutoTokenizer loads it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -295,7 +308,9 @@ def _train_tokenizer(documents: Iterable[str], vocabulary: int) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(documents, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD)
+    tokenizer = _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -308,9 +323,8 @@ def _tokens(tokenizer: Any, documents: list[str]) -> torch.Tensor:
 
 
 def _new_model(tokenizer: Any, sizes: Sizes) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
+    transformers = _transformers()
+    config = transformers.LlamaConfig(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.hidden * 5 // 2,
@@ -322,7 +336,7 @@ def _new_model(tokenizer: Any, sizes: Sizes) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
 
 
 def _save(model: Any, tokenizer: Any, path: Path) -> None:
@@ -337,15 +351,12 @@ def _save(model: Any, tokenizer: Any, path: Path) -> None:
 
 def _load(path: Path) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return _transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
 
 
 def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
 def _train(
@@ -400,9 +411,9 @@ def _loss(model: Any, tokens: torch.Tensor, context: int) -> float:
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
-    """What the model writes after the prompt, the most likely token each time."""
+    """What the model writes after the prompt: the likeliest token each time, those already there made less likely."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False, repetition_penalty=1.2)
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
@@ -435,7 +446,7 @@ def _print(result: Mapping[str, Any]) -> None:
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     loss = result["loss"]
-    table = Table(title="Loss in nats per token on held-out files (lower is better)", title_justify="left")
+    table = Table(title="Loss in nats per token on held-out text (lower is better)", title_justify="left")
     table.add_column("model")
     for column in loss["merged"]:
         table.add_column(column, justify="right")

@@ -34,6 +34,10 @@ CHUNK_BYTES = 1 << 20
 SAMPLE_BLOCKS = 16
 UNLIMITED = 1 << 62
 """Quotas from here on mean all; see the ops with ``tie_quotas``."""
+PROCESS_MEMORY = 30_000_000
+TORCH_MEMORY = 350_000_000
+TENSOR_MEMORY = 2500
+"""Resident bytes of the interpreter with seme, of it with torch, and of the plan of one tensor, as measured."""
 WAITING = 2
 """Workers beyond the number of threads, so that computing goes on while some wait for the disk."""
 
@@ -90,9 +94,18 @@ def chunk_bytes(plan: Plan, options: Options) -> int:
     return size // least * least
 
 
-def peak_memory(plan: Plan, options: Options) -> int:
+def buffer_memory(plan: Plan, options: Options) -> int:
     """Bytes of buffers that the merge will hold."""
     return chunk_bytes(plan, options) * (len(plan.models) + 1) * (options.threads + WAITING)
+
+
+def peak_memory(plan: Plan, options: Options, backend: str) -> int:
+    """About how many bytes the process will hold at its peak: interpreter, plan, buffers, and torch if it is used."""
+    return (
+        (PROCESS_MEMORY if backend == "cpu" else TORCH_MEMORY)
+        + TENSOR_MEMORY * len(plan.tensors)
+        + buffer_memory(plan, options)
+    )
 
 
 class _Task:

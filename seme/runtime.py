@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from seme.dtypes import DType
 from seme.errors import BackendError
@@ -54,12 +56,18 @@ class Runtime:
         op.native(views, out, 1, **params)
 
 
+_INTERPRETER = threading.Lock()
+
+
 class TorchRuntime(Runtime):
     """The same through torch, on any backend and device."""
 
     def __init__(self, n_inputs: int, chunk_bytes: int, backend: str, device: str, threads: int) -> None:
         super().__init__(n_inputs, chunk_bytes)
         self.backend, self.device, self.threads = backend, device, threads
+        # Triton on the CPU is its interpreter, which patches the language while it runs: one at a time.
+        interprets = backend == "triton" and device == "cpu"
+        self._turn: AbstractContextManager[object] = _INTERPRETER if interprets else nullcontext()
 
     def run(
         self, op: Op, params: Params, inputs: Sequence[tuple[int, DType]], numel: int, out: View, shape: Sequence[int]
@@ -74,7 +82,8 @@ class TorchRuntime(Runtime):
         raw = (ctypes.c_char * (out.numel * out.dtype.itemsize)).from_address(out.address)
         host = torch.frombuffer(raw, dtype=out.dtype.to_torch()).view(tuple(shape))
         result = host.to(self.device)
-        op.run(tensors, result, self.backend, self.threads, params)
+        with self._turn:
+            op.run(tensors, result, self.backend, self.threads, params)
         if result is not host:
             host.copy_(result)
 

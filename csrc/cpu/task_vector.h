@@ -92,7 +92,7 @@ std::vector<Trim<C>> trims_from(const Cuts& cuts, int64_t block) {
 }
 
 // Ties of every block with the thresholds, [blocks, task vectors].
-std::vector<int64_t> block_ties(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds,
-                                DType compute, int threads);
+std::vector<int64_t> block_ties(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds, DType compute,
+                                int threads);
 
 }  // namespace seme::cpu

@@ -35,8 +35,8 @@ struct Body {
 
 }  // namespace
 
-void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor,
-                     double scale, DType compute, View out, int threads) {
+void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor, double scale,
+                     DType compute, View out, int threads) {
     parallel_blocks(blocks(out.n), threads, [&](int64_t b0, int64_t b1) {
         run_computed<Body>(compute, &tensors, weights.data(), divisor, scale, out, b0 * kBlock,
                            std::min(out.n, b1 * kBlock));

@@ -27,8 +27,8 @@ struct Body {
 
 }  // namespace
 
-std::vector<int64_t> block_ties(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds,
-                                DType compute, int threads) {
+std::vector<int64_t> block_ties(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds, DType compute,
+                                int threads) {
     const int64_t n_blocks = blocks(tensors[0].n);
     std::vector<int64_t> ties(n_blocks * thresholds.size());
     parallel_blocks(n_blocks, threads, [&](int64_t b0, int64_t b1) {
@@ -37,8 +37,8 @@ std::vector<int64_t> block_ties(const std::vector<View>& tensors, const std::vec
     return ties;
 }
 
-Cuts::Cuts(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds,
-           const std::vector<int64_t>& quotas, DType compute, int threads)
+Cuts::Cuts(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds, const std::vector<int64_t>& quotas,
+           DType compute, int threads)
     : thresholds(thresholds), quotas(quotas) {
     const bool binding = std::any_of(quotas.begin(), quotas.end(), [](int64_t q) { return q > 0 && q < kUnlimited; });
     if (!binding || threads <= 1) return;  // one range from the first block on: the trims count for themselves

@@ -64,9 +64,10 @@ struct Body {
             }
             if (count > 0) {
                 round(num, n);
-                round(den, n);
-                if (factors->normalize)
+                if (factors->normalize) {
+                    round(den, n);
                     for (int64_t j = 0; j < n; ++j) num[j] = F::mean(num[j], den[j]);
+                }
                 add_scaled<C>(base, num, n, factors->scale);
             }
             store_tile(base, n, out, at);
@@ -76,9 +77,9 @@ struct Body {
 
 }  // namespace
 
-void ties(const std::vector<View>& tensors, const std::vector<double>& weights,
-          const std::vector<int64_t>& thresholds, const std::vector<int64_t>& tie_quotas,
-          const std::vector<double>& factors, bool normalize, double scale, DType compute, View out, int threads) {
+void ties(const std::vector<View>& tensors, const std::vector<double>& weights, const std::vector<int64_t>& thresholds,
+          const std::vector<int64_t>& tie_quotas, const std::vector<double>& factors, bool normalize, double scale,
+          DType compute, View out, int threads) {
     const Cuts cuts(tensors, thresholds, tie_quotas, compute, threads);
     const Factors f{weights, factors, normalize, scale};
     parallel_blocks(blocks(out.n), threads,

@@ -34,8 +34,7 @@ struct Body {
 void weighted_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor, DType compute,
                   View out, int threads) {
     parallel_blocks(blocks(out.n), threads, [&](int64_t b0, int64_t b1) {
-        run_computed<Body>(compute, &tensors, weights.data(), divisor, out, b0 * kBlock,
-                           std::min(out.n, b1 * kBlock));
+        run_computed<Body>(compute, &tensors, weights.data(), divisor, out, b0 * kBlock, std::min(out.n, b1 * kBlock));
     });
 }
 

@@ -89,6 +89,8 @@ class Op:
         """Run the op through ``torch.ops.seme``; ``tensors[0]`` is the base if the op has one."""
         from seme.ops import library
 
+        if not tensors:  # the dispatcher would have nothing to go by
+            raise OpError(f"{self.name}: no tensors given")
         packet = library.packet(self.name)
         split = (tensors[0], list(tensors[1:])) if self.has_base else (list(tensors),)
         if out is None:

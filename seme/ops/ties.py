@@ -83,8 +83,8 @@ def reference(
         terms.append((trimmed * weight).to(held))
 
     def total(values: list[torch.Tensor]) -> torch.Tensor:
-        found = values[0]
-        for value in values[1:]:
+        found = torch.zeros_like(values[0])
+        for value in values:
             found = found + value
         return found.to(compute)
 

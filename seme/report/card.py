@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING
 
 from seme import __version__
@@ -28,7 +29,7 @@ def model_card(plan: Plan, name: str) -> str:
         "---",
         f"# {name}",
         "",
-        f"A merge of language models, made with seme {__version__}.",
+        f"A merge of language models, made with seme {__version__} (Python {platform.python_version()}).",
         "",
         "## Method",
         "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from seme.engine import Options, peak_memory
+from seme.engine import Options, buffer_memory, peak_memory
 from seme.sizes import format_size
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def plan_as_dict(plan: Plan, options: Options, backend: str, verbose: bool = Fal
         "copied_tensors": [t.name for t in plan.tensors if t.copy],
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "buffer_bytes": peak_memory(plan, options),
+        "buffer_bytes": buffer_memory(plan, options),
+        "peak_memory_bytes": peak_memory(plan, options, backend),
         "threads": options.threads,
         "backend": backend,
         "out_dtype": plan.out_dtype.name,
@@ -56,7 +57,8 @@ def plan_as_text(plan: Plan, options: Options, backend: str, verbose: bool = Fal
         f"tensors   {d['tensors']} with {d['parameters']:,} parameters, out dtype {d['out_dtype']}",
         f"read      {format_size(d['bytes_read'])} (each input once)",
         f"write     {format_size(d['bytes_written'])} in {len(d['shards'])} shard(s)",
-        f"memory    {format_size(d['buffer_bytes'])} of buffers, {d['threads']} thread(s), backend {d['backend']}",
+        f"memory    about {format_size(d['peak_memory_bytes'])}, of it buffers {format_size(d['buffer_bytes'])}",
+        f"run       {d['threads']} thread(s), backend {d['backend']}",
     ]
     lines += [f"  {name}  {format_size(size)}" for name, size in d["shards"].items()]
     lines += [f"note      {note}" for note in d["notes"]]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from seme.methods import Method
-from seme.methods._magnitude import kept_count
 from seme.plan import TensorPlan
 
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
@@ -20,14 +18,6 @@ LEAST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14, torch.float32: -126,
 
 _load_file = lru_cache(maxsize=64)(load_file)
 """The models that are merged are read again and again."""
-
-
-def load(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a model folder."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 def inputs(plan: TensorPlan) -> list[torch.Tensor]:
@@ -93,6 +83,11 @@ def ulp(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     exponent = torch.frexp(magnitude)[1] - 1
     exponent = torch.where(magnitude > 0, exponent, LEAST_EXPONENT[dtype]).clamp(min=LEAST_EXPONENT[dtype])
     return torch.ldexp(torch.ones_like(magnitude), exponent - MANTISSA[dtype])
+
+
+def kept_count(density: float, numel: int) -> int:
+    """Elements that a trim to a density in (0, 1) keeps."""
+    return max(1, int(density * numel))
 
 
 def undecided(plan: TensorPlan, tensors: list[torch.Tensor]) -> torch.Tensor:

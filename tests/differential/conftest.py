@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from .checkpoints import make
 from .compare import Distance
+from .families import make
 from .oracle import Oracle, OracleMissing
 
 LEDGER = pytest.StashKey[list[dict[str, Any]]]()
@@ -91,12 +91,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             rows[key] = (cases + 1, total)
     terminalreporter.section("compared with mergekit {version}, torch {torch}".format_map(about[0]))
     terminalreporter.write_line(
-        f"{'method':<16} {'computed, written':<20} {'cases':>5} {'tensors':>7} {'elements':>9} {'differ':>8} "
+        f"{'method':<22} {'computed, written':<20} {'cases':>5} {'tensors':>7} {'elements':>9} {'differ':>8} "
         f"{'worst ulp':>9} {'wrong':>6} | {'in ties':>8} {'differ':>7}"
     )
     for (method, precision), (cases, d) in sorted(rows.items(), key=lambda row: (row[0][0] == "all", row[0])):
         terminalreporter.write_line(
-            f"{method:<16} {precision:<20} {cases:>5} {d.tensors:>7} {d.elements:>9} {d.differing:>8} "
+            f"{method:<22} {precision:<20} {cases:>5} {d.tensors:>7} {d.elements:>9} {d.differing:>8} "
             f"{d.worst:>9.3g} {d.outside:>6} | {d.ties:>8} {d.differing_ties:>7}"
         )
     target = os.environ.get("SEME_DIFFERENTIAL_REPORT")

@@ -1,7 +1,7 @@
 """The recipes that both tools run, as templates of mergekit's YAML.
 
-``$base``, ``$a``, ``$b``, ``$c`` are models (see :mod:`.checkpoints`), ``$attention``, ``$mlp`` and ``$second`` parts of
-the architecture's tensor names. The precision is added below.
+``$base``, ``$a``, ``$b``, ``$c`` are models (see :mod:`.families`), ``$attention``, ``$mlp`` and ``$second`` parts
+of the architecture's tensor names. A precision is written after them.
 """
 
 from __future__ import annotations

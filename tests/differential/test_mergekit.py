@@ -18,17 +18,18 @@ import torch
 import seme
 from seme import plan as planning
 from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
-from seme.config import load as read_recipe
+from seme.config import load
 from seme.errors import CheckpointError, ConfigError
-from seme.methods._magnitude import kept_count
 
-from .checkpoints import FAMILIES, MEMBERS, write
-from .compare import Distance, allowance, distance, inputs, load, undecided
+from ..checkpoints import read, write
+from .compare import Distance, allowance, distance, inputs, kept_count, undecided
+from .families import FAMILIES, MEMBERS
 from .oracle import Oracle, OracleError
 from .recipes import PRECISIONS, RECIPES
 
 Models = Callable[[str, str, str], Path]
 Record = Callable[[str, str, Distance], None]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -88,9 +89,9 @@ def config_dtype(folder: Path) -> str | None:
 
 def check(text: str, ours: Path, theirs: Path, oracle: Oracle, record: Record, precision: str) -> None:
     """Assert that two outputs of a recipe hold the same tensors, and the same values as far as is promised."""
-    plan = planning.make(read_recipe(text))
+    plan = planning.make(load(text))
     plan.close()
-    mine, other = load(ours), load(theirs)
+    mine, other = read(ours), read(theirs)
     assert set(mine) == set(other) == {t.name for t in plan.tensors}
     total = Distance()
     wrong = []
@@ -106,7 +107,7 @@ def check(text: str, ours: Path, theirs: Path, oracle: Oracle, record: Record, p
         total.add(found)
         if found.outside:
             wrong.append(f"{tensor.name}: {found}")
-    record(plan.method.name, precision, total)
+    record(plan.method.name + (", fused" if oracle.fused else ""), precision, total)
     assert not wrong, "\n".join([f"{len(wrong)} tensors differ, of which:", *wrong[:5]])
 
 
@@ -120,7 +121,7 @@ def test_the_same_recipe_gives_the_same_values(
     check(text, ours, theirs, oracle, record, case.precision)
     # config.json names the dtype of the tensors. mergekit leaves the donor's as it is if the recipe gives none, which
     # is right only if all models are stored alike.
-    written = {str(t.dtype).removeprefix("torch.") for t in load(ours).values() if t.is_floating_point()}
+    written = {str(t.dtype).removeprefix("torch.") for t in read(ours).values() if t.is_floating_point()}
     assert written == {config_dtype(ours)}
     if case.precision != "stored" or isinstance(case.stored, str):
         assert config_dtype(ours) == config_dtype(theirs)
@@ -164,8 +165,8 @@ def test_both_trims_keep_exactly_k_and_differ_in_ties_only(
     ours = seme.merge(text, tmp_path / "seme").path
     theirs = default_oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
     check(text, ours, theirs, default_oracle, record, precision)
-    mine, other = load(ours), load(theirs)
-    plan = planning.make(read_recipe(text))
+    mine, other = read(ours), read(theirs)
+    plan = planning.make(load(text))
     plan.close()
     for tensor in plan.tensors:
         expert, base = (t.to(tensor.group.compute_dtype.to_torch()) for t in inputs(tensor))
@@ -183,10 +184,10 @@ def test_both_trims_keep_exactly_k_and_differ_in_ties_only(
 
 def test_the_cases_reach_what_they_are_for(model: Models) -> None:
     """Ties at the threshold, both branches of slerp, zero vectors, gradients between anchors."""
-    plan = planning.make(read_recipe(Case("ties", "scalars", "llama", "stored").text(model)))
+    plan = planning.make(load(Case("ties", "scalars", "llama", "stored").text(model)))
     plan.close()
     assert sum(int(undecided(t, inputs(t)).sum()) for t in plan.tensors) > 100
-    plan = planning.make(read_recipe(Case("slerp", "classic", "gpt2", "stored").text(model)))
+    plan = planning.make(load(Case("slerp", "classic", "gpt2", "stored").text(model)))
     plan.close()
     cosines = []
     for tensor in plan.tensors:
@@ -202,20 +203,17 @@ def test_the_cases_reach_what_they_are_for(model: Models) -> None:
 # What else a merged model has.
 
 
-def write_head(folder: Path, source: Path, config: Mapping[str, object], head: torch.Tensor | None) -> Path:
-    """A copy of a model with another head and config."""
-    tensors = load(source)
-    if head is not None:
-        tensors["lm_head.weight"] = head
+def write_with(folder: Path, source: Path, tensors: Mapping[str, torch.Tensor], **config: object) -> Path:
+    """A copy of a model with more tensors and another config."""
     stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    return write(folder, tensors, {**stored, **config})
+    return write(folder, {**read(source), **tensors}, {**stored, **config})
 
 
 def test_a_stored_copy_of_a_tied_head_is_left_out_and_nothing_is_lost(
     model: Models, oracle: Oracle, record: Record, tmp_path: Path
 ) -> None:
     base, a = model("qwen2", "base", "bfloat16"), model("qwen2", "a", "bfloat16")
-    copied = write_head(tmp_path / "a", a, {}, load(a)["model.embed_tokens.weight"].clone())
+    copied = write_with(tmp_path / "a", a, {"lm_head.weight": read(a)["model.embed_tokens.weight"]})
     text = (
         f"merge_method: task_arithmetic\nmodels: [{{model: {copied}, parameters: {{weight: 0.3}}}}]\n"
         f"base_model: {base}\ndtype: float32\nout_dtype: bfloat16\n"
@@ -223,9 +221,9 @@ def test_a_stored_copy_of_a_tied_head_is_left_out_and_nothing_is_lost(
     ours = seme.merge(text, tmp_path / "seme").path
     theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
     # mergekit writes the head as well, and it is the embedding.
-    other = load(theirs)
+    other = read(theirs)
     assert torch.equal(other["lm_head.weight"], other["model.embed_tokens.weight"])
-    mine = load(ours)
+    mine = read(ours)
     assert set(other) - set(mine) == {"lm_head.weight"}
     assert all(torch.equal(mine[name], other[name]) for name in mine)
     assert json.loads((ours / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is True
@@ -235,15 +233,15 @@ def test_an_untied_base_takes_the_embedding_of_a_tied_model_as_its_head(
     model: Models, oracle: Oracle, record: Record, tmp_path: Path
 ) -> None:
     base, a = model("qwen2", "base", "bfloat16"), model("qwen2", "a", "bfloat16")
-    head = torch.randn(load(base)["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(0))
-    untied = write_head(tmp_path / "base", base, {"tie_word_embeddings": False}, (head * 0.02).bfloat16())
+    head = read(base)["model.embed_tokens.weight"].flip(0)
+    untied = write_with(tmp_path / "base", base, {"lm_head.weight": head}, tie_word_embeddings=False)
     text = (
         f"merge_method: slerp\nmodels: [{{model: {untied}}}, {{model: {a}}}]\nbase_model: {untied}\n"
         "parameters: {t: 0.4}\ndtype: bfloat16\n"
     )
     ours = seme.merge(text, tmp_path / "seme").path
     theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
-    assert "lm_head.weight" in load(ours)
+    assert "lm_head.weight" in read(ours)
     check(text, ours, theirs, oracle, record, "bfloat16")
 
 
@@ -259,7 +257,7 @@ def test_tokenizer_and_config_come_from_the_base_model(
     ours = seme.merge(text, tmp_path / "seme").path
     theirs = oracle.merge(text, tmp_path / "mergekit")
     names = [n for n in (*TOKENIZER_FILES, *MODEL_FILES) if (theirs / n).exists()]
-    assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"} <= set(names)
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(names)
     for name in names:
         assert (ours / name).read_bytes() == (theirs / name).read_bytes() == (base / name).read_bytes(), name
     mine, reference = (json.loads((f / "config.json").read_text(encoding="utf-8")) for f in (ours, theirs))
@@ -283,18 +281,18 @@ def test_tokenizer_source_base_with_one_vocabulary(
 def test_a_tensor_that_mergekit_drops_is_merged(model: Models, oracle: Oracle, tmp_path: Path) -> None:
     """mergekit writes what its list of the architecture has; here a q_norm, as newer members of the family have."""
     name = "model.layers.0.self_attn.q_norm.weight"
-    folders = {}
-    for member, value in (("base", 1.0), ("a", 1.5)):
-        source = model("llama", member, "bfloat16")
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        extra = {name: torch.full((6,), value, dtype=torch.bfloat16)}
-        folders[member] = write(tmp_path / member, {**load(source), **extra}, config)
+    folders = {
+        member: write_with(
+            tmp_path / member, model("llama", member, "bfloat16"), {name: torch.full((6,), value, dtype=torch.bfloat16)}
+        )
+        for member, value in (("base", 1.0), ("a", 1.5))
+    }
     text = (
         f"merge_method: task_arithmetic\nmodels: [{{model: {folders['a']}, parameters: {{weight: 0.5}}}}]\n"
         f"base_model: {folders['base']}\n"
     )
-    mine = load(seme.merge(text, tmp_path / "seme").path)
-    other = load(oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False))
+    mine = read(seme.merge(text, tmp_path / "seme").path)
+    other = read(oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False))
     assert set(mine) - set(other) == {name}
     assert mine[name].tolist() == [1.25] * 6
 
@@ -333,44 +331,69 @@ def test_a_parameter_that_mergekit_ignores_is_an_error(
             f"  - {{model: {model('qwen2', 'c', 'bfloat16')}, parameters: {{weight: 0.3}}}}\nparameters: {{{top}}}\n"
         )
 
-    ignored = load(oracle.merge(text(entry, top), tmp_path / "with", copy_tokenizer=False))
-    plain = load(oracle.merge(text("", ""), tmp_path / "without", copy_tokenizer=False))
+    ignored = read(oracle.merge(text(entry, top), tmp_path / "with", copy_tokenizer=False))
+    plain = read(oracle.merge(text("", ""), tmp_path / "without", copy_tokenizer=False))
     assert all(torch.equal(ignored[name], plain[name]) for name in plain)
     with pytest.raises(ConfigError, match=message):
         seme.merge(text(entry, top), tmp_path / "seme")
     assert not (tmp_path / "seme").exists()
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "merge_method: slerp\nmodels: [{model: $a}, {model: $b}, {model: $base}]\nbase_model: $base\nparameters: {t: 0.5}",
-        "merge_method: slerp\nmodels: [{model: $a}, {model: $b}]\nparameters: {t: 0.5}",
-        "merge_method: slerp\nmodels: [{model: $a}, {model: $base}]\nbase_model: $base",
-        "merge_method: ties\nmodels: [{model: $a, parameters: {weight: 1}}]",
-        "merge_method: ties\nmodels: [{model: $a}]\nbase_model: $base",
-        "merge_method: task_arithmetic\nmodels: [{model: $a, parameters: {weight: {filter: mlp, value: 1}}}]\nbase_model: $base",
-        "merge_method: linear\nmodels: [{model: $a, parameters: {weight: 1}}]\nbase_model: $base",
-        "merge_method: linear\nmodels: [{model: $a, parameters: {weight: 1}}, {model: $a, parameters: {weight: 2}}]",
-        "merge_method: linear\nmodels: [{model: $a, parameters: {weight: 1}}, {model: $wide, parameters: {weight: 2}}]",
-        "merge_method: linear\nmodels: [{model: $a, parameters: {weight: heavy}}]",
-    ],
-    ids=[
-        "three-to-slerp",
-        "slerp-without-base",
-        "slerp-without-t",
-        "ties-without-base",
-        "ties-without-weight",
-        "weight-for-some-tensors",
-        "base-of-linear-without-weight",
-        "a-model-twice",
-        "other-shapes",
-        "weight-in-words",
-    ],
-)
+REFUSED = {
+    "three-to-slerp": """
+merge_method: slerp
+models: [{model: $a}, {model: $b}, {model: $base}]
+base_model: $base
+parameters: {t: 0.5}
+""",
+    "slerp-without-base": """
+merge_method: slerp
+models: [{model: $a}, {model: $b}]
+parameters: {t: 0.5}
+""",
+    "slerp-without-t": """
+merge_method: slerp
+models: [{model: $a}, {model: $base}]
+base_model: $base
+""",
+    "ties-without-base": """
+merge_method: ties
+models: [{model: $a, parameters: {weight: 1}}]
+""",
+    "ties-without-weight": """
+merge_method: ties
+models: [{model: $a}]
+base_model: $base
+""",
+    "weight-for-some-tensors": """
+merge_method: task_arithmetic
+models: [{model: $a, parameters: {weight: {filter: mlp, value: 1}}}]
+base_model: $base
+""",
+    "base-of-linear-without-weight": """
+merge_method: linear
+models: [{model: $a, parameters: {weight: 1}}]
+base_model: $base
+""",
+    "a-model-twice": """
+merge_method: linear
+models: [{model: $a, parameters: {weight: 1}}, {model: $a, parameters: {weight: 2}}]
+""",
+    "other-shapes": """
+merge_method: linear
+models: [{model: $a, parameters: {weight: 1}}, {model: $wide, parameters: {weight: 2}}]
+""",
+    "weight-in-words": """
+merge_method: linear
+models: [{model: $a, parameters: {weight: heavy}}]
+""",
+}
+
+
+@pytest.mark.parametrize("recipe", REFUSED.values(), ids=REFUSED)
 def test_what_mergekit_refuses_seme_refuses(recipe: str, model: Models, oracle: Oracle, tmp_path: Path) -> None:
     members = {m: model("qwen2", m, "bfloat16") for m in ("base", "a", "b")}
-    text = Template(recipe).substitute(members, wide=model("wide", "base", "bfloat16")) + "\n"
+    text = Template(recipe).substitute(members, wide=model("wide", "base", "bfloat16"))
     with pytest.raises(OracleError):
         oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
     with pytest.raises((ConfigError, CheckpointError)):

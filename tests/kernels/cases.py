@@ -76,7 +76,7 @@ def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, di
     keys = middle_keys(tensors, compute)
     if name == "magnitude_histogram":
         bits = {2: 15, 4: 31, 8: 63}[compute.itemsize]
-        whole = {"lowest": [0] * n, "shift": [bits - 15] * n}
+        whole = {"lowest": [0] * n, "shift": [max(0, bits - 16)] * n}
         narrow = {"lowest": [max(0, k - 20) for k in keys], "shift": [i % 2 for i in range(n)]}
         none = {"lowest": [2**63 - 1] * n, "shift": [47] * n}
         return [(tensors, whole), (tensors, narrow), (tensors, none)]
@@ -93,7 +93,7 @@ def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, di
         return [(tensors, s) for s in selections]
     assert name == "ties", f"tests/kernels/cases.py has no calls of {name}"
     plain = {"weights": weights, "factors": [1.0] * n}
-    scaled = {"weights": weights, "factors": [1.0, 1.7, 0.9, 2.0][:n], "scale": 0.9, "normalize": False}
+    scaled = {"weights": [-0.25] * n, "factors": [1.0, 1.7, 0.9, 2.0][:n], "scale": 0.9, "normalize": False}
     return [(tensors, {**s, **(scaled if i == 1 else plain)}) for i, s in enumerate(selections)]
 
 

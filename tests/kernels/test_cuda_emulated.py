@@ -64,7 +64,8 @@ def run(command):
 @pytest.mark.parametrize("name", OPS)
 def test_bits(name, dtype):
     stored, compute = DTYPES[dtype]
-    for numel in (0, 1, 7, 8, 63, 1023, 8191, 8193):
+    sizes = (0, 1, 7, 8, 63, 1023, 8191, 8193)
+    for numel in sizes if name != "magnitude_histogram" else sizes[::3]:  # whose reference is slow
         tensors = make_tensors(numel, stored)
         for chosen, arguments in calls(name, tensors, compute):
             compare(getattr(cuda, name), name, chosen, arguments, compute)

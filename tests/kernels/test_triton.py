@@ -28,11 +28,11 @@ def launch(name, block=None):
     return lambda *args, **kwargs: function(*args, **kwargs, block=block)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", "mixed-in-bf16", "mixed-in-f64"])
 @pytest.mark.parametrize("name", OPS)
 def test_bits(name, dtype):
     stored, compute = DTYPES[dtype]
-    for numel in (0, 1, 7, 63, 1023):
+    for numel in (0, 1, 63, 1023):
         tensors = make_tensors(numel, stored)
         for chosen, arguments in calls(name, tensors, compute):
             compare(launch(name, 256), name, chosen, arguments, compute)

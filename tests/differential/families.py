@@ -1,4 +1,4 @@
-"""Small checkpoints of several architectures, written tensor by tensor.
+"""Small models of several architectures, written tensor by tensor.
 
 Names, shapes and configs are those that transformers gives these architectures. Sizes are odd where the architecture
 allows it. No model is ever instantiated, so no transformers is imported. Every family has a base model and three
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from ..checkpoints import tokenizer, write
 
 Shapes = dict[str, tuple[int, ...]]
 MEMBERS = ("base", "a", "b", "c")
@@ -229,54 +230,14 @@ def _values(family: str, member: str) -> dict[str, torch.Tensor]:
     return values
 
 
-def tokenizer_files(size: int, note: str) -> dict[str, Any]:
-    """A word-level tokenizer of ``size`` tokens; ``note`` tells one model's files from another's."""
-    vocabulary = {"[UNK]": 0, **{f"t{i}": i for i in range(1, size)}}
-    return {
-        "tokenizer.json": {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [],
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Whitespace"},
-            "post_processor": None,
-            "decoder": None,
-            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
-        },
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "note": note},
-        "special_tokens_map.json": {"unk_token": "[UNK]"},
-        "generation_config.json": {"note": note},
-    }
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def write(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], shards: int = 1) -> Path:
-    """A model folder, in one file or in shards with an index."""
-    folder.mkdir(parents=True)
-    if shards == 1:
-        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    else:
-        weight_map = {}
-        for i in range(shards):
-            file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-            part = dict(list(tensors.items())[i::shards])
-            save_file(part, folder / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(part, file))
-        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    write_json(folder / "config.json", config)
-    return folder
-
-
 def make(folder: Path, family: str, member: str, dtype: str) -> Path:
-    """One model of a family, stored in ``dtype``. Member ``b`` lies in two shards, the others in one file."""
+    """One model of a family, stored in ``dtype``; member ``b`` in shards. All of a family have one vocabulary; its chat
+    template and generation config tell whose files they are."""
     kind = getattr(torch, dtype)
     tensors = {k: v.to(kind) if v.is_floating_point() else v for k, v in _values(family, member).items()}
-    config = {**FAMILIES[family].config, "dtype": dtype}
-    write(folder, tensors, config, shards=2 if member == "b" else 1)
-    for name, value in tokenizer_files(config["vocab_size"], f"{family} {member}").items():
-        write_json(folder / name, value)
+    config = FAMILIES[family].config
+    write(folder, tensors, {**config, "dtype": dtype}, layout="shards" if member == "b" else "single")
+    tokenizer(folder, [f"t{i}" for i in range(config["vocab_size"])])
+    (folder / "chat_template.jinja").write_text(f"{family} {member}")
+    (folder / "generation_config.json").write_text(json.dumps({"_from": f"{family} {member}"}))
     return folder

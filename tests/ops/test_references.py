@@ -1,0 +1,159 @@
+"""The ops against references that are written from the definition, in float64, and share no code with them."""
+
+import math
+
+import pytest
+import torch
+
+from seme.native import BLOCK
+from seme.ops import (
+    inner_products,
+    magnitude_histogram,
+    nonfinite,
+    task_vector_sum,
+    tie_counts,
+    ties,
+    trimmed_l1,
+    weighted_sum,
+)
+from seme.ops.magnitude_histogram import find
+
+BACKENDS = ("torch", "cpu")
+HUGE = 2**62
+# One rounding of a value of magnitude below 8 in float32, for each of the few operations of a formula.
+FLOAT32 = 8 * 8 * 2.0**-24
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def test_weighted_sum(backend):
+    tensors = [normal(33, 77, seed=i) for i in range(3)]
+    got = weighted_sum(tensors, [0.5, -0.25, 2.0], divisor=1.5, backend=backend)
+    want = (0.5 * tensors[0].double() - 0.25 * tensors[1].double() + 2 * tensors[2].double()) / 1.5
+    assert (got - want).abs().max() < FLOAT32
+
+
+def test_task_vector_sum(backend):
+    base, a, b = (normal(33, 77, seed=i) for i in range(3))
+    got = task_vector_sum(base, [a, b], [0.3, 0.9], divisor=1.2, scale=0.7, backend=backend)
+    want = base.double() + 0.7 * (0.3 * (a.double() - base) + 0.9 * (b.double() - base)) / 1.2
+    assert (got - want).abs().max() < FLOAT32
+
+
+def test_inner_products(backend):
+    a, b = normal(3 * BLOCK + 5), normal(3 * BLOCK + 5, seed=1)
+    blocks = inner_products([a, b], backend=backend)
+    assert blocks.shape == (4, 2, 2)
+    for i, x in enumerate((a, b)):
+        for j, y in enumerate((a, b)):
+            want = math.fsum((x.double() * y.double()).tolist())
+            # float64 sums of 8192 products each: 2^-53 per addition.
+            assert math.fsum(blocks[:, i, j].tolist()) == pytest.approx(want, abs=8192 * 4 * 2.0**-53 * 100)
+
+
+def test_inner_products_of_large_values_do_not_overflow(backend):
+    x = torch.full((100,), 3e38)
+    assert inner_products([x], backend=backend)[0, 0, 0].item() == pytest.approx(100 * 3e38**2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_histogram_finds_the_kth_magnitude(backend, dtype):
+    """Bin, count above and the remaining rank agree with a sort, for every rank of a small tensor."""
+    base, tuned = normal(300).to(dtype), normal(300, seed=1).to(dtype)
+    delta = tuned - base
+    width = {2: 15, 4: 31, 8: 63}[delta.element_size()]
+    shift = max(0, width - 16)
+    counts = magnitude_histogram(base, [tuned], lowest=[0], shift=[shift], compute_dtype=dtype, backend=backend)
+    from array import array
+
+    data = array("q", counts.flatten().tolist())
+    ordered = delta.abs().sort(descending=True).values
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[delta.element_size()]
+    keys = ordered.view(bits).tolist()
+    for k in range(1, 301):
+        bin_, above = find(data, 0, k)
+        assert bin_ == keys[k - 1] >> shift
+        assert above == sum(key >> shift > bin_ for key in keys)
+    assert find(data, 0, 301) == (-1, 300)
+
+
+def test_histogram_window(backend):
+    base = torch.zeros(6)
+    tuned = torch.tensor([0.0, -1.0, 1.0, 2.0, -4.0, 1.5])
+    one = torch.tensor(1.0).view(torch.int32).item()
+    counts = magnitude_histogram(base, [tuned], lowest=[one], shift=[7], backend=backend)[0]
+    assert counts[0] == 2  # both ones
+    assert counts[(1 << 22) >> 7] == 1  # 1.5
+    assert counts[65536] == 2  # 2 and 4 lie beyond 65536 * 128 keys
+    assert counts[:65536].sum() == 3  # zero is below the window
+    assert counts[65537] == 0
+    odd = torch.tensor([one + 1], dtype=torch.int32).view(torch.float32)
+    mixed = magnitude_histogram(torch.zeros(1), [odd], lowest=[one], shift=[7], backend=backend)[0]
+    assert mixed[65537] > 0
+
+
+def test_tie_counts(backend):
+    base = torch.zeros(7)
+    tuned = torch.tensor([1.0, -1.0, 0.5, 0.0, 1.0, 2.0, -0.0])
+    keys = [torch.tensor(v).view(torch.int32).item() for v in (1.0, 0.0)]
+    assert tie_counts(base, [tuned, tuned], keys, backend=backend).tolist() == [3, 2]
+
+
+def brute_ties(base, tensors, weights, kept, normalize, scale):
+    """Element by element in Python, as the paper says it."""
+    out = []
+    for e in range(len(base)):
+        terms = [w * (t[e] - base[e]) if k[e] else 0.0 for w, t, k in zip(weights, tensors, kept)]
+        sign = 1 if sum(terms) >= 0 else -1
+        agree = [i for i, p in enumerate(terms) if p * sign > 0]
+        merged = sum(terms[i] for i in agree)
+        divisor = sum(weights[i] for i in agree)
+        out.append(base[e] + scale * (merged / divisor if normalize and divisor else merged))
+    return torch.tensor(out, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_ties(backend, normalize):
+    """Multiples of 1/64, so that every sum is exact and equal magnitudes are frequent."""
+    base, *tensors = ((normal(500, seed=i) * 16).round() / 64 for i in range(4))
+    weights = [0.5, 1.0, -0.25]
+    thresholds, quotas, kept = [], [3, HUGE, 0], []
+    for tensor, quota in zip(tensors, quotas):
+        magnitude = (tensor - base).abs()
+        threshold = magnitude.sort(descending=True).values[100]
+        thresholds.append(threshold.view(torch.int32).item())
+        seen, mask = 0, []
+        for value in magnitude.tolist():
+            tied = value == threshold.item()
+            mask.append(value > threshold.item() or (tied and seen < quota))
+            seen += tied
+        assert seen > 3, "the test needs ties at the threshold"
+        kept.append(mask)
+    arguments = {"thresholds": thresholds, "tie_quotas": quotas, "normalize": normalize, "scale": 0.5}
+    got = ties(base, tensors, weights, **arguments, backend=backend)
+    lists = [t.tolist() for t in tensors]
+    want = brute_ties(base.tolist(), lists, weights, kept, normalize, 0.5)
+    assert (got - want).abs().max() < FLOAT32
+
+
+def test_trimmed_l1(backend):
+    base, tuned = normal(2 * BLOCK + 9), normal(2 * BLOCK + 9, seed=1)
+    magnitude = (tuned - base).abs()
+    threshold = magnitude.sort().values[5000]
+    sums = trimmed_l1(base, [tuned], [threshold.view(torch.int32).item()], [0], backend=backend)
+    assert sums.shape == (3, 1, 2)
+    before, after = (math.fsum(sums[:, 0, i].tolist()) for i in range(2))
+    assert before == pytest.approx(math.fsum(magnitude.double().tolist()), rel=1e-13)  # float64 sums of 8192
+    assert after == pytest.approx(math.fsum(magnitude[magnitude > threshold].double().tolist()), rel=1e-13)
+
+
+def test_nonfinite(backend):
+    x = torch.tensor([1.0, float("inf"), float("nan"), -float("inf"), 0.0])
+    assert nonfinite([x, torch.zeros(5), x.to(torch.bfloat16)], backend=backend).tolist() == [3, 0, 3]
