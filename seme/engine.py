@@ -116,9 +116,12 @@ class _Task:
         self.merge = merge
         self.capacity = capacity
         self.current: Pass | None = None
+        self.complete: set[int] = set()
         self.open = 0
 
     def begin(self, pass_: Pass) -> list[Chunk]:
+        if self.current is not None and not self.current.sample:
+            self.complete.update(self.current.inputs)  # read to the end, so known to be finite
         self.current = pass_
         chunks = self._sample() if pass_.sample else self._whole()
         self.open = len(chunks)
@@ -313,8 +316,10 @@ class Engine:
         inputs = [(i, plan.sources[i].dtype) for i in pass_.inputs]
         read = self._read(runtime, plan, inputs, chunk)
         with self._computing:
-            if self.options.nonfinite != "keep":
-                self._check_finite(runtime, plan, inputs, chunk)
+            if self.options.nonfinite == "zero":
+                zero_nonfinite_([View(runtime.inputs[i].address, chunk.numel, dtype) for i, dtype in inputs])
+            elif self.options.nonfinite == "error":
+                self._check_finite(runtime, plan, [x for x in inputs if x[0] not in task.complete], chunk)
             params = pass_.params
         if pass_.countdown is not None:
             params = self._count_down(runtime, task, chunk, inputs)
@@ -390,8 +395,7 @@ class Engine:
         return {**pass_.params, countdown.parameter: quotas}
 
     def _check_finite(self, runtime: Runtime, plan: TensorPlan, inputs: list[tuple[int, DType]], chunk: Chunk) -> None:
-        if self.options.nonfinite == "zero":
-            zero_nonfinite_([View(runtime.inputs[i].address, chunk.numel, dtype) for i, dtype in inputs])
+        if not inputs:
             return
         counts = array("q", bytes(8 * len(inputs)))
         out = View(counts.buffer_info()[0], len(counts), INT64)

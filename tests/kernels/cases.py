@@ -31,22 +31,32 @@ DTYPES: dict[str, tuple[tuple[DType, ...], DType]] = {
     "mixed-in-f16": ((float64, float16, float32, bfloat16), float16),
     "mixed-in-f64": ((bfloat16, float32, float16, float64), float64),
 }
-SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-41, 6e-8, 65504.0, 65520.0, 3.4e38, 5e-324)
+INF, NAN = float("inf"), float("nan")
+SPECIAL = (0.0, -0.0, INF, -INF, NAN, 1e-40, -1e-41, 6e-8, 65504.0, 65520.0, 3.3e38, 3.4e38, 5e-324)
+SUMS = ("inner_products", "trimmed_l1")
 
 
-def make_tensors(numel: int, stored: tuple[DType, ...], count: int = 4, seed: int = 0) -> Tensors:
-    """`count` tensors: a base and others that equal it in half of the elements and often differ by the same."""
-    generator = torch.Generator().manual_seed(seed + numel)
+def make_tensors(name: str, numel: int, stored: tuple[DType, ...], count: int = 4) -> Tensors:
+    """`count` tensors for the op `name`: a base, and others that equal it in half of the elements.
 
-    def normal() -> torch.Tensor:
-        return torch.randn(numel, dtype=torch.float64, generator=generator)
+    Half of the elements lie on a grid, so that many differences are equal. Sums get numbers of very different size,
+    so that their order matters, and nothing that makes them all NaN.
+    """
+    generator = torch.Generator().manual_seed(numel)
 
-    base = normal()
-    tensors = [base]
+    def normal(grid: int) -> torch.Tensor:
+        return (torch.randn(numel, dtype=torch.float64, generator=generator) * grid).round() / grid
+
+    def half() -> torch.Tensor:
+        return torch.rand(numel, generator=generator) < 0.5
+
+    tensors = [torch.where(half(), normal(32), normal(1 << 40))]
     for _ in range(count - 1):
-        changed = torch.rand(numel, generator=generator) < 0.5
-        tensors.append(base + torch.where(changed, (normal() * 8).round() / 64, 0.0))
-    if numel >= 63:
+        tensors.append(tensors[0] + torch.where(half(), normal(8) / 4, 0.0))
+    if name in SUMS:
+        size = torch.randint(-13, 14, (numel,), generator=generator)
+        tensors = [t * 2.0**size for t in tensors]
+    elif numel >= 63:
         for tensor in tensors:
             places = torch.randperm(numel, generator=generator)[: len(SPECIAL)]
             tensor[places] = torch.tensor(SPECIAL, dtype=torch.float64)
@@ -54,10 +64,14 @@ def make_tensors(numel: int, stored: tuple[DType, ...], count: int = 4, seed: in
     return [t.to(stored[i % len(stored)].to_torch()) for i, t in enumerate(tensors)]
 
 
-def middle_keys(tensors: Tensors, compute: DType) -> list[int]:
-    """The key in the middle of each task vector: many elements have it, or zero."""
-    keys = [magnitude_keys(delta).sort().values for delta in deltas(tensors, compute)]
-    return [int(k[int(0.7 * len(k))]) if len(k) else 0 for k in keys]
+def common_keys(tensors: Tensors, compute: DType) -> list[tuple[int, int]]:
+    """The most frequent key of each task vector that is not zero's, and how many elements have it."""
+    found = []
+    for delta in deltas(tensors, compute):
+        keys, counts = magnitude_keys(delta).unique(return_counts=True)
+        best = counts.where(keys > 0, 0).argmax() if len(keys) else 0
+        found.append((int(keys[best]), int(counts[best])) if len(keys) else (0, 0))
+    return found
 
 
 def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, dict[str, Any]]]:
@@ -73,20 +87,21 @@ def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, di
         return [(tensors[:1], {}), (tensors[:3], {})]
     if name == "nonfinite":
         return [(tensors, {})]
-    keys = middle_keys(tensors, compute)
+    common = common_keys(tensors, compute)
+    keys = [key for key, _ in common]
     if name == "magnitude_histogram":
         bits = {2: 15, 4: 31, 8: 63}[compute.itemsize]
         whole = {"lowest": [0] * n, "shift": [max(0, bits - 16)] * n}
-        narrow = {"lowest": [max(0, k - 20) for k in keys], "shift": [i % 2 for i in range(n)]}
+        narrow = {"lowest": [max(0, k - 32768) for k in keys], "shift": [i % 2 for i in range(n)]}
         none = {"lowest": [2**63 - 1] * n, "shift": [47] * n}
         return [(tensors, whole), (tensors, narrow), (tensors, none)]
     if name == "tie_counts":
         return [(tensors, {"thresholds": keys}), (tensors, {"thresholds": [0, 2**63 - 1, keys[-1]][:n]})]
-    some = max(1, numel // 9)
+    some = [max(1, count * 2 // 3) for _, count in common]
     selections = [
         {"thresholds": keys, "tie_quotas": [UNLIMITED] * n},
-        {"thresholds": keys, "tie_quotas": [some] * n},
-        {"thresholds": [0, *keys[1:]], "tie_quotas": [some, 0, UNLIMITED, 1][:n]},
+        {"thresholds": keys, "tie_quotas": some},
+        {"thresholds": [0, *keys[1:]], "tie_quotas": [numel // 9, 0, UNLIMITED, 1][:n]},
         {"thresholds": [2**63 - 1] * n, "tie_quotas": [0] * n},
     ]
     if name == "trimmed_l1":

@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, so that their bits can be compared with the reference on a machine without a GPU.
 //
 // Included before everything else when csrc/cuda/*.cu are compiled as plain C++. Blocks run one after the other; the
-// threads of a block are fibers that take turns, and a thread that reaches a barrier or a warp intrinsic waits until
-// the others are there. What it does not show: races between threads without a barrier, memory of the device, speed.
+// threads of a block are fibers, and one that reaches a barrier or a warp intrinsic waits until the others are there.
+// A warp runs as far as it can before the next one does, so that a missing barrier shows. What does not show: other
+// orders of the warps, races within a warp, speed.
 #pragma once
 
 #include <ucontext.h>
@@ -93,6 +94,18 @@ inline void run_thread() {
     swapcontext(&threads[current].context, &scheduler);
 }
 
+// Runs a warp until it has ended or waits for another one; false if it could not move.
+inline bool run_warp(size_t first) {
+    bool moved = false;
+    do {
+        progress = false;
+        for (current = first; current < first + kWarp; ++current)
+            if (threads[current].alive) swapcontext(&scheduler, &threads[current].context);
+        moved |= progress;
+    } while (progress);
+    return moved;
+}
+
 inline void run_block() {
     for (size_t t = 0; t < threads.size(); ++t) {
         Thread& thread = threads[t];
@@ -105,11 +118,11 @@ inline void run_block() {
         thread.block_arrivals = thread.warp_arrivals = 0;
         makecontext(&thread.context, run_thread, 0);
     }
-    do {
-        progress = false;
-        for (current = 0; current < threads.size(); ++current)
-            if (threads[current].alive) swapcontext(&scheduler, &threads[current].context);
-    } while (progress);
+    bool moved = true;
+    while (moved) {
+        moved = false;
+        for (size_t warp = 0; warp < threads.size(); warp += kWarp) moved |= run_warp(warp);
+    }
     for (const Thread& thread : threads)
         if (thread.alive) {
             std::fprintf(stderr, "emulator: threads of a block wait for each other at different barriers\n");

@@ -66,7 +66,7 @@ def test_bits(name, dtype):
     stored, compute = DTYPES[dtype]
     sizes = (0, 1, 7, 8, 63, 1023, 8191, 8193)
     for numel in sizes if name != "magnitude_histogram" else sizes[::3]:  # whose reference is slow
-        tensors = make_tensors(numel, stored)
+        tensors = make_tensors(name, numel, stored)
         for chosen, arguments in calls(name, tensors, compute):
             compare(getattr(cuda, name), name, chosen, arguments, compute)
 
@@ -75,15 +75,15 @@ def test_bits(name, dtype):
 def test_bits_of_unaligned_memory(name):
     stored, compute = DTYPES["mixed-in-bf16"]
     for offset in (1, 3):
-        tensors = [t[offset:] for t in make_tensors(2050 + offset, stored)]
+        tensors = [t[offset:] for t in make_tensors(name, 2050 + offset, stored)]
         for chosen, arguments in calls(name, tensors, compute):
             compare(getattr(cuda, name), name, chosen, arguments, compute)
 
 
 def test_quotas_over_many_blocks():
     stored, compute = DTYPES["bf16"]
-    tensors = make_tensors(65537, stored)
     for name in ("ties", "trimmed_l1"):
+        tensors = make_tensors(name, 65537, stored)
         for chosen, arguments in calls(name, tensors, compute):
             compare(getattr(cuda, name), name, chosen, arguments, compute)
 
@@ -91,13 +91,13 @@ def test_quotas_over_many_blocks():
 @pytest.mark.parametrize("dtype", ["bf16", "bf16-in-f32"])
 def test_histogram_in_shared_memory(dtype):
     stored, compute = DTYPES[dtype]
-    tensors = make_tensors((1 << 20) + 13, stored, count=3)
+    tensors = make_tensors("magnitude_histogram", (1 << 20) + 13, stored, count=3)
     for chosen, arguments in calls("magnitude_histogram", tensors, compute)[:2]:
         compare(cuda.magnitude_histogram, "magnitude_histogram", chosen, arguments, compute)
 
 
 def test_output_dtypes():
-    tensors = make_tensors(1023, (dtypes.float64,))
+    tensors = make_tensors("weighted_sum", 1023, (dtypes.float64,))
     call = {"weights": [1.0] * 4, "divisor": 3.0, "compute_dtype": dtypes.float32}
     for out_dtype in dtypes.MERGEABLE:
         expected = OPS["weighted_sum"].reference(tensors, **call).to(out_dtype.to_torch())
@@ -108,7 +108,7 @@ def test_output_dtypes():
 
 
 def test_in_place():
-    tensors = make_tensors(4099, (dtypes.float32,))
+    tensors = make_tensors("weighted_sum", 4099, (dtypes.float32,))
     expected = OPS["weighted_sum"](tensors, weights=[1.0, 2.0, 3.0, 4.0], backend="torch")
     cuda.weighted_sum(tensors, tensors[2], weights=[1.0, 2.0, 3.0, 4.0], divisor=1.0, compute_dtype=dtypes.float32)
     check_bits(tensors[2], expected)

@@ -10,14 +10,13 @@ import torch
 
 from seme.ops._registry import OPS
 
-from .cases import DTYPES, calls, check_bits, compare, make_tensors
+from .cases import DTYPES, SUMS, calls, check_bits, compare, make_tensors
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiled here: tests/gpu runs the kernels"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # NumPy, on inf and NaN
 ]
-ROWS = ("inner_products", "trimmed_l1")  # one program per 8192 elements, slow in the interpreter
 
 
 def launch(name, block=None):
@@ -28,12 +27,12 @@ def launch(name, block=None):
     return lambda *args, **kwargs: function(*args, **kwargs, block=block)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", "mixed-in-bf16", "mixed-in-f64"])
+@pytest.mark.parametrize("dtype", ["bf16", "f32", "mixed-in-bf16", "mixed-in-f16", "mixed-in-f64"])
 @pytest.mark.parametrize("name", OPS)
 def test_bits(name, dtype):
     stored, compute = DTYPES[dtype]
     for numel in (0, 1, 63, 1023):
-        tensors = make_tensors(numel, stored)
+        tensors = make_tensors(name, numel, stored)
         for chosen, arguments in calls(name, tensors, compute):
             compare(launch(name, 256), name, chosen, arguments, compute)
 
@@ -42,14 +41,14 @@ def test_bits(name, dtype):
 @pytest.mark.parametrize("name", OPS)
 def test_bits_over_several_blocks(name, dtype):
     stored, compute = DTYPES[dtype]
-    tensors = make_tensors(8193 if name in ROWS else 20001, stored, count=2)
+    tensors = make_tensors(name, 8193 if name in SUMS else 20001, stored, count=2)
     chosen, arguments = calls(name, tensors, compute)[1 if name != "nonfinite" else 0]
     compare(launch(name, 4096), name, chosen, arguments, compute)
 
 
 def test_through_the_op_with_views():
     op = OPS["ties"]
-    wide = [t.view(40, 25).t() for t in make_tensors(1000, DTYPES["bf16"][0])]
+    wide = [t.view(40, 25).t() for t in make_tensors("ties", 1000, DTYPES["bf16"][0])]
     views = [t[1:, 3:] for t in wide]
     _, arguments = calls("ties", [v.reshape(-1) for v in views], DTYPES["bf16"][1])[1]
     arguments["compute_dtype"] = torch.bfloat16
@@ -62,7 +61,7 @@ def test_through_the_op_with_views():
 
 def test_in_place():
     for name in ("weighted_sum", "task_vector_sum"):
-        tensors = make_tensors(1023, DTYPES["f32"][0])
+        tensors = make_tensors(name, 1023, DTYPES["f32"][0])
         _, arguments = calls(name, tensors, DTYPES["f32"][1])[-1]
         expected = OPS[name](tensors, backend="torch", **arguments)
         OPS[name](tensors, backend="triton", out=tensors[1], **arguments)
