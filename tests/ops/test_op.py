@@ -5,8 +5,8 @@ import torch
 
 from seme import native
 from seme.errors import BackendError, OpError
-from seme.ops import magnitude_histogram, task_vector_sum, ties, weighted_sum
 from seme.ops import _op as op_module
+from seme.ops import magnitude_histogram, task_vector_sum, ties, weighted_sum
 
 X = torch.ones(3)
 

@@ -1,0 +1,120 @@
+"""Laws that every registered method obeys; a new method is tried without a line here unless it needs arguments."""
+
+import pytest
+import torch
+
+import seme
+from seme.errors import ConfigError
+from seme.methods import get, methods
+
+# Arguments with which a method that has required parameters can be called; more than one case may be given.
+ARGUMENTS = {
+    "linear": [{"weight": [0.25, 0.5, 0.25]}],
+    "task_arithmetic": [{"weight": [0.5, 0.25], "lambda": 0.5}, {"weight": [0.5, 0.25], "normalize": True}],
+    "slerp": [{"t": 0.25}],
+    "ties": [{"weight": [0.5, 0.25], "density": [0.25, 0.75]}, {"weight": [1.0, 1.0]}],
+}
+CASES = [(name, case) for name, cases in ARGUMENTS.items() for case in cases]
+BACKENDS = ("torch", "cpu")
+
+
+def inputs(name, shape=(40, 33), dtype=torch.float32):
+    """As many tensors as the method takes at most, up to three, of multiples of 1/64: sums are exact, ties many."""
+    count = min(get(name).max_inputs or 3, 3)
+    generator = torch.Generator().manual_seed(count)
+    return [(torch.randint(-127, 128, shape, generator=generator) / 64).to(dtype) for _ in range(count)]
+
+
+def run(name, tensors, case, **options):
+    base = 0 if get(name).base == "required" else None
+    models = [{"w": t} for t in tensors]
+    return seme.merge_state_dicts(models, name, base=base, parameters=case, **options)["w"]
+
+
+def reference(name, tensors, case):
+    method = get(name)
+    arguments = {p.name: case.get(p.name, p.default) for p in method.params}
+    experts = len(tensors) - (method.base == "required")
+    for p in method.params:
+        if p.scope != "shared" and not isinstance(arguments[p.name], list):
+            arguments[p.name] = [arguments[p.name]] * experts
+    if "lambda" in arguments:
+        arguments["lambda_"] = arguments.pop("lambda")
+    return method.reference(tensors, base=0 if method.base == "required" else None, **arguments)
+
+
+def test_every_method_has_a_case():
+    assert set(ARGUMENTS) == set(methods())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_equals_its_reference(name, case, backend):
+    tensors = inputs(name)
+    found = run(name, tensors, case, backend=backend)
+    # The inputs are below 2 and exact; a formula has about ten operations, rounded to float32 each.
+    assert (found - reference(name, tensors, case)).abs().max() <= 10 * 4 * 2.0**-24
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_all_inputs_equal_give_that_input(name, case):
+    tensors = [inputs(name)[0]] * len(inputs(name))
+    # slerp and linear multiply by coefficients that add up to one only to within rounding.
+    assert (run(name, tensors, case) - tensors[0]).abs().max() <= 4 * 2.0**-24
+
+
+@pytest.mark.parametrize(("name", "case"), [c for c in CASES if c[0] != "slerp"])
+def test_order_of_the_models_does_not_matter(name, case):
+    tensors = inputs(name)
+    first = get(name).base == "required"
+    order = [0, 2, 1] if first else [2, 0, 1]
+    permuted = {k: [v[i - first] for i in order if i >= first] if isinstance(v, list) else v for k, v in case.items()}
+    found = run(name, [tensors[i] for i in order], permuted)
+    assert (found - run(name, tensors, case)).abs().max() <= 4 * 4 * 2.0**-24  # another order of three additions
+
+
+def test_slerp_from_the_other_end():
+    a, b = inputs("slerp")
+    assert torch.allclose(run("slerp", [a, b], {"t": 0.25}), run("slerp", [b, a], {"t": 0.75}), atol=1e-6)  # rounding
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (1,), (3, 0, 2)])
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_empty_and_scalar_tensors(name, case, shape):
+    tensors = inputs(name, shape)
+    found = run(name, tensors, case)
+    assert found.shape == shape
+    if found.numel():
+        assert (found - reference(name, tensors, case)).abs().max() <= 10 * 4 * 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_dtype_in_is_dtype_out(name, case, dtype):
+    assert run(name, inputs(name, dtype=dtype), case).dtype == dtype
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_inputs_are_not_changed(name, case):
+    tensors = inputs(name)
+    before = [t.clone() for t in tensors]
+    run(name, tensors, case)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before))
+
+
+@pytest.mark.parametrize("name", sorted(ARGUMENTS))
+def test_unknown_and_missing_parameters_are_named(name):
+    with pytest.raises(ConfigError, match=r"parameters.nonsense: .* has no such parameter"):
+        run(name, inputs(name), {**ARGUMENTS[name][0], "nonsense": 1})
+    required = next(p.name for p in get(name).params if p.required)
+    with pytest.raises(ConfigError, match=f"parameters.{required}: missing"):
+        run(name, inputs(name), {})
+
+
+def test_ties_keeps_exactly_the_elements_a_stable_sort_keeps():
+    base, tuned = torch.zeros(10_000), inputs("ties", (10_000,))[1]
+    for density in (0.001, 0.1, 0.5, 0.9):
+        found = run("ties", [base, tuned], {"weight": 1.0, "density": density})
+        kept = torch.zeros(10_000, dtype=torch.bool)
+        kept[torch.sort(tuned.abs(), descending=True, stable=True).indices[: int(density * 10_000)]] = True
+        assert torch.equal(found, torch.where(kept, tuned, 0.0))

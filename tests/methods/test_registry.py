@@ -1,0 +1,77 @@
+"""The registry: what a signature says about a method's parameters."""
+
+import pytest
+
+from seme.errors import ConfigError
+from seme.methods import PerExpert, get, method, methods
+from seme.methods import _registry as registry
+
+
+def test_methods_of_this_version():
+    assert list(methods()) == ["linear", "slerp", "task_arithmetic", "ties"]
+
+
+def test_parameters_defaults_and_scopes_are_mergekits():
+    ties = {p.name: (p.kind, p.scope, p.default) for p in get("ties").params}
+    assert ties == {
+        "weight": (float, "expert", None),
+        "density": (float, "expert", 1.0),
+        "normalize": (bool, "shared", True),
+        "rescale": (bool, "shared", False),
+        "int8_mask": (bool, "shared", False),
+        "lambda": (float, "shared", 1.0),
+    }
+    assert get("task_arithmetic").param("normalize").default is False
+    assert get("linear").param("weight").scope == "model"
+    assert (get("slerp").min_inputs, get("slerp").max_inputs) == (2, 2)
+
+
+def test_every_parameter_is_described():
+    for found in methods().values():
+        assert found.summary
+        assert found.source.startswith("https://")
+        assert all(p.doc for p in found.params)
+
+
+def test_unknown_method_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"merge_method: unknown method 'tiess'; did you mean 'ties'\?"):
+        get("tiess")
+
+
+def test_registering(monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    register = method("third_party", reference=lambda tensors: tensors[0], source="https://example.org")
+
+    @register
+    def merge(group, *, weight: PerExpert, sharp: bool = False):
+        """A method.
+
+        Args:
+            weight: of each.
+            sharp: or blunt,
+                in two lines.
+        """
+
+    found = get("third_party")
+    assert [(p.name, p.scope, p.doc) for p in found.params] == [
+        ("weight", "expert", "of each."),
+        ("sharp", "shared", "or blunt, in two lines."),
+    ]
+    with pytest.raises(ConfigError, match="registered twice"):
+        register(merge)
+
+
+def test_a_parameter_without_description_or_with_another_type_is_refused():
+    def undescribed(group, *, weight: PerExpert):
+        """Nothing."""
+
+    def wrong(group, *, weight: dict):
+        """Something.
+
+        Args:
+            weight: a dictionary.
+        """
+
+    for function, message in ((undescribed, "weight is not described"), (wrong, "is not bool, int, float")):
+        with pytest.raises(TypeError, match=message):
+            method("bad", reference=None, source="")(function)

@@ -1,0 +1,235 @@
+"""The command line: exit codes, messages of one line, and what is left on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from seme import cli
+
+from .checkpoints import CONFIG, decoder, read, write
+
+RECIPE = """\
+merge_method: task_arithmetic
+base_model: base
+models:
+  - model: a
+    parameters: {weight: [0.25, 0.75]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "a", "b")):
+        write(tmp_path / name, decoder(seed))
+    (tmp_path / "recipe.yml").write_text(RECIPE)
+    return tmp_path
+
+
+def seme(capsys, *arguments):
+    code = cli.main(arguments)
+    return code, *capsys.readouterr()
+
+
+def untouched(here, before):
+    """Nothing new, not even hidden."""
+    return sorted(os.listdir(here)) == before
+
+
+def test_merge(capsys, here):
+    code, out, err = seme(capsys, "merge", "recipe.yml", "out")
+    assert (code, err) == (0, "")
+    assert out.startswith("out: 30 tensors, ")
+    assert "/s read and written" in out
+    assert "peak memory" in out
+    assert len(read(here / "out")) == 30
+
+
+def test_quiet_and_json(capsys):
+    assert seme(capsys, "merge", "recipe.yml", "one", "--quiet") == (0, "", "")
+    code, out, err = seme(capsys, "merge", "recipe.yml", "two", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["path"], found["tensors"], found["backend"]) == ("two", 30, "cpu")
+    assert found["bytes_read"] > found["bytes_written"] > 0
+    assert found["peak_rss_bytes"] > 0
+
+
+def test_dry_run_writes_nothing_and_says_everything(capsys, here):
+    before = sorted(os.listdir(here))
+    code, out, _ = seme(capsys, "merge", "recipe.yml", "out", "--dry-run", "--verbose")
+    assert code == 0
+    assert untouched(here, before)
+    for part in ("task_arithmetic", "30 with", "read ", "write ", "memory ", "model.safetensors"):
+        assert part in out
+    assert "model.layers.1.mlp.up_proj.weight [12, 8] float32->float32 weight=[0.5]" in out
+    assert "model.norm.weight [8] float32->float32 weight=[0.25]" in out
+    code, out, _ = seme(capsys, "merge", "recipe.yml", "out", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert plan["tensors"] == 30
+    assert plan["peak_memory_bytes"] > plan["buffer_bytes"] > 0
+    assert sum(plan["shards"].values()) == plan["bytes_written"]
+    assert "per_tensor" not in plan
+
+
+def edit(**changes):
+    def apply(here):
+        text = RECIPE
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        (here / "recipe.yml").write_text(text)
+
+    return apply
+
+
+def nan(here):
+    tensors = decoder(1)
+    tensors["model.norm.weight"][:2] = float("nan")
+    write(here / "a", tensors)
+
+
+def reshape(here):
+    tensors = decoder(1)
+    tensors["model.norm.weight"] = torch.ones(9)
+    write(here / "a", tensors)
+
+
+MISTAKES = {
+    "unknown method": (
+        edit(task_arithmetic="task_arithmetik"),
+        (),
+        "merge_method: unknown method 'task_arithmetik'; did you mean",
+    ),
+    "unknown key": (edit(base_model="base_modle"), (), "base_modle: unknown key; did you mean 'base_model'?"),
+    "unknown parameter": (
+        edit(weight="wieght"),
+        (),
+        "models[0].parameters.wieght: task_arithmetic has no such parameter; did you mean 'weight'",
+    ),
+    "missing weight": (edit(**{"    parameters: {weight: [0.25, 0.75]}\n": ""}), (), "weight: missing for tensor"),
+    "missing model": (edit(**{"model: a": "model: ./nowhere"}), (), "./nowhere: no such"),
+    "no recipe": (lambda here: (here / "recipe.yml").unlink(), (), "recipe.yml: recipe cannot be read"),
+    "shape": (reshape, (), "tensor model.norm.weight has shape [9], [8] in base/model.safetensors"),
+    "nan": (
+        nan,
+        (),
+        "a/model.safetensors: tensor model.norm.weight: 2 of 8 elements are inf or NaN; repair the model, or pass --nonfinite",
+    ),
+    "truncated": (
+        lambda here: os.truncate(here / "a" / "model.safetensors", 3000),
+        (),
+        "a/model.safetensors: 3000 bytes, the header describes",
+    ),
+    "bad memory": (edit(), ("--memory", "lots"), "memory: 'lots' is not a size"),
+    "too little memory": (edit(), ("--memory", "1kB"), "--memory: 1000 bytes are too few"),
+    "bad threads": (edit(), ("--threads", "0"), "threads: 0; expected at least 1"),
+    "no gpu": (edit(), ("--device", "cuda"), "no CUDA device"),
+    "bad device": (edit(), ("--device", "tpu"), "device tpu: expected cpu, cuda or cuda:N"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_exit_2_with_one_line_and_write_nothing(mistake, capsys, here):
+    prepare, options, message = MISTAKES[mistake]
+    if mistake == "no gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    prepare(here)
+    before = sorted(os.listdir(here))
+    code, out, err = seme(capsys, "merge", "recipe.yml", "out", *options)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("seme: error: ")
+    assert message in err
+    assert untouched(here, before)
+
+
+def test_target_with_something_in_it(capsys, here):
+    (here / "out").mkdir()
+    (here / "out" / "precious").write_text("x")
+    code, _, err = seme(capsys, "merge", "recipe.yml", "out")
+    assert code == 2
+    assert "out: not empty; choose another folder or pass --overwrite" in err
+    assert os.listdir(here / "out") == ["precious"]
+    assert seme(capsys, "merge", "recipe.yml", "out", "--overwrite", "-q")[0] == 0
+    assert not (here / "out" / "precious").exists()
+
+
+def test_json_errors_and_debug(capsys):
+    code, out, _ = seme(capsys, "merge", "nowhere.yml", "out", "--json")
+    assert code == 2
+    assert json.loads(out)["exit_code"] == 2
+    with pytest.raises(Exception, match="nowhere"):
+        cli.main(["merge", "nowhere.yml", "out", "--debug"])
+
+
+def test_faults_exit_1(capsys, monkeypatch):
+    monkeypatch.setattr("seme.plan.make", lambda *a: 1 / 0)
+    code, _, err = seme(capsys, "merge", "recipe.yml", "out")
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    assert err.count("\n") == 1
+
+
+def test_wrong_usage_exits_2(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["merge", "recipe.yml"])
+    assert e.value.code == 2
+
+
+def test_methods(capsys):
+    code, out, _ = seme(capsys, "methods")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["linear", "slerp", "task_arithmetic", "ties"]
+    _, out, _ = seme(capsys, "methods", "ties")
+    assert "density (float, per model, not the base, default 1.0)" in out
+    assert json.loads(seme(capsys, "methods", "ties", "--json")[1])["parameters"][0]["name"] == "weight"
+    assert seme(capsys, "methods", "tis")[0] == 2
+
+
+def test_interrupt_leaves_nothing(here):
+    """SIGINT to a real process in the middle of a merge."""
+    large = {"w": torch.zeros(150_000_000, dtype=torch.bfloat16)}
+    for name in ("base", "a"):
+        write(here / name, large, CONFIG)
+    before = sorted(os.listdir(here))
+    command = [sys.executable, "-m", "seme", "merge", "recipe.yml", "out", "--threads", "1"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment()
+    )
+    staging = here / ".out.seme-staging"
+    deadline = time.monotonic() + 60
+    while not staging.exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert staging.exists(), "the merge was over before it could be interrupted"
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "interrupted; nothing was written" in err
+    assert untouched(here, before)
+
+
+def child_environment():
+    root = os.path.dirname(os.path.dirname(os.path.abspath(cli.__file__)))
+    return {**os.environ, "PYTHONPATH": root}
+
+
+def test_help_and_merge_import_nothing_heavy(here):
+    program = (
+        "import sys; from seme.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'triton', 'huggingface_hub', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for arguments in (["--help"], ["merge", "recipe.yml", "out", "-q"], ["methods"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=child_environment()
+        )
+        assert done.returncode == 0, done.stderr

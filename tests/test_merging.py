@@ -1,0 +1,115 @@
+"""seme.merge: the folder it leaves is a model that transformers loads, with everything that belongs to it."""
+
+import json
+import stat
+
+import pytest
+import torch
+import yaml
+
+import seme
+from seme.dtypes import bfloat16
+from seme.merging import merge, with_dtype
+
+from . import models as make
+from .checkpoints import CONFIG, decoder, read, write
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    base = make.llama(tmp_path / "base", shards=2, chat_template=True)
+    tuned = make.perturbed(base, tmp_path / "tuned", seed=1)
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(tuned), "parameters": {"weight": 0.5}}],
+        "dtype": "float32",
+        "out_dtype": "float16",
+    }
+
+
+def test_transformers_loads_it(recipe, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merge(recipe, tmp_path / "out", out_shard_size="20kB")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.dtype == torch.float16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    original = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert tokenizer.get_vocab() == original.get_vocab()
+    assert tokenizer.chat_template == original.chat_template is not None
+    logits = model(**tokenizer("a test", return_tensors="pt")).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_files_that_belong_to_a_model(recipe, tmp_path):
+    merge(recipe, tmp_path / "out")
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    assert config[key] == "float16"
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+    assert yaml.safe_load((out / "seme_config.yml").read_text()) == recipe
+    card = (out / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": [recipe["models"][0]["model"], recipe["base_model"]],
+        "library_name": "transformers",
+        "tags": ["merge", "seme"],
+    }
+    for part in ("task_arithmetic", recipe["base_model"], seme.__version__, "weight: 0.5"):
+        assert part in text
+    assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) & 0o044, "others may read it, as any new file"
+
+
+def test_tied_heads_stay_tied(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = make.qwen2(tmp_path / "base")
+    tuned = make.perturbed(base, tmp_path / "tuned", seed=1)
+    merge(
+        {"merge_method": "linear", "models": [{"model": str(m)} for m in (base, tuned)], "parameters": {"weight": 1}},
+        tmp_path / "out",
+    )
+    assert "lm_head.weight" not in read(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_tokenizer_source(recipe, tmp_path):
+    (tmp_path / "tuned" / "tokenizer_config.json").write_text('{"marker": "tuned"}')
+    merge({**recipe, "tokenizer_source": str(tmp_path / "tuned")}, tmp_path / "a")
+    merge({**recipe, "tokenizer_source": "base"}, tmp_path / "b")
+    assert "marker" in (tmp_path / "a" / "tokenizer_config.json").read_text()
+    assert "marker" not in (tmp_path / "b" / "tokenizer_config.json").read_text()
+
+
+def test_custom_code_is_copied(tmp_path):
+    for seed, name in enumerate(("a", "b")):
+        write(tmp_path / name, decoder(seed), {**CONFIG, "auto_map": {"AutoModel": "modeling_x.Model"}})
+        (tmp_path / name / "modeling_x.py").write_text("class Model: ...\n")
+    models = [{"model": str(tmp_path / n)} for n in ("a", "b")]
+    merge({"merge_method": "linear", "models": models, "parameters": {"weight": 1}}, tmp_path / "out")
+    assert (tmp_path / "out" / "modeling_x.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
+        ({"architectures": ["X"]}, {"architectures": ["X"], "torch_dtype": "bfloat16"}),
+        ({"text_config": {"dtype": "float32", "x": 1}}, {"text_config": {"dtype": "bfloat16", "x": 1}}),
+    ],
+)
+def test_dtype_of_config_json(config, expected):
+    assert with_dtype(config, bfloat16) == expected
+
+
+def test_other_dtypes_that_config_names_are_left_alone():
+    config = {"dtype": "float32", "quantization_config": {"bnb_4bit_compute_dtype": "float16"}}
+    assert with_dtype(config, bfloat16)["quantization_config"] == {"bnb_4bit_compute_dtype": "float16"}

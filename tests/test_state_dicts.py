@@ -1,0 +1,79 @@
+"""seme.merge_state_dicts: the methods on models in memory give what the streamed merge gives."""
+
+import pytest
+import torch
+
+import seme
+from seme.errors import ConfigError, SemeError
+from seme.merging import merge
+
+from .checkpoints import decoder, read, write
+
+CASES = {
+    "linear": (None, {"weight": [0.3, 0.5, 0.4]}, {}),
+    "task_arithmetic": (0, {"weight": [0.3, 0.9]}, {"lambda": 0.8}),
+    "ties": (0, {"weight": [0.3, 0.9], "density": [0.4, 0.7]}, {"rescale": True}),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("method", CASES)
+def test_same_bytes_as_the_streamed_merge(method, backend, tmp_path):
+    models = [decoder(seed, torch.bfloat16) for seed in range(3)]
+    base, per_model, shared = CASES[method]
+    found = seme.merge_state_dicts(models, method, base=base, parameters={**per_model, **shared}, backend=backend)
+    for i, tensors in enumerate(models):
+        write(tmp_path / str(i), tensors)
+    experts = range(3) if base is None else range(1, 3)
+    entries = [
+        {"model": str(tmp_path / str(i)), "parameters": {k: v[j] for k, v in per_model.items()}}
+        for j, i in enumerate(experts)
+    ]
+    config = {"merge_method": method, "models": entries, "parameters": shared}
+    if base is not None:
+        config["base_model"] = str(tmp_path / str(base))
+    merge(config, tmp_path / "out")
+    streamed = read(tmp_path / "out")
+    assert list(found) == list(models[0])
+    for name, tensor in found.items():
+        assert torch.equal(tensor, streamed[name]), name
+
+
+def test_slerp_by_ids_and_modules():
+    a, b = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    found = seme.merge_state_dicts({"x": a, "y": b}, "slerp", base="x", parameters={"t": 0})
+    assert torch.equal(found["weight"], a.weight)
+    ids = {"x": {"w": torch.ones(2)}, "y": {"w": torch.zeros(2)}}
+    found = seme.merge_state_dicts(ids, "linear", parameters={"weight": {"x": 3, "y": 1}})
+    assert found["w"].tolist() == [0.75, 0.75]
+
+
+def test_dtypes_and_buffers():
+    a = {"w": torch.ones(3, dtype=torch.bfloat16), "ids": torch.arange(3), "none": torch.empty(0)}
+    found = seme.merge_state_dicts([a, a], "linear", parameters={"weight": 0.5}, out_dtype=torch.float32)
+    assert found["w"].dtype == torch.float32
+    assert found["ids"].tolist() == [0, 1, 2]
+    assert found["none"].shape == (0,)
+    found["ids"][0] = 9
+    assert a["ids"][0] == 0, "a copy, not the input"
+
+
+@pytest.mark.parametrize(
+    ("models", "method", "options", "message"),
+    [
+        ([{"w": torch.ones(2)}], "tie", {}, "unknown method 'tie'; did you mean 'ties'"),
+        ([{"w": torch.ones(2)}] * 2, "ties", {"parameters": {"weight": 1}}, "base: missing"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {}, "parameters.weight: missing"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"parameters": {"wieght": 1}}, "did you mean 'weight'"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"parameters": {"weight": [1]}}, "1 values for 2 models"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"parameters": {"weight": {0: 1}}}, "no value for model 1"),
+        ([{"w": torch.ones(2)}] * 3, "slerp", {"base": 0, "parameters": {"t": 0.5}}, "found 3"),
+        ([{"w": torch.ones(2)}, {"v": torch.ones(2)}], "linear", {"parameters": {"weight": 1}}, "not in all models"),
+        ([{"w": torch.ones(2)}, {"w": torch.ones(3)}], "linear", {"parameters": {"weight": 1}}, r"\[3\].*\[2\]"),
+        ([{"w": torch.arange(2)}, {"w": torch.ones(2).long()}], "linear", {"parameters": {"weight": 1}}, "not equal"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"base": 5, "parameters": {"weight": 1}}, "5 is not one of the models"),
+    ],
+)
+def test_mistakes(models, method, options, message):
+    with pytest.raises((ConfigError, SemeError), match=message):
+        seme.merge_state_dicts(models, method, **options)
