@@ -119,7 +119,7 @@ MISTAKES = {
     "nan": (
         nan,
         (),
-        "a/model.safetensors: tensor model.norm.weight: 2 of 8 elements are inf or NaN; repair the model, or pass --nonfinite",
+        "a/model.safetensors: tensor model.norm.weight: 2 of 8 elements are inf or NaN; repair the model, or pass",
     ),
     "truncated": (
         lambda here: os.truncate(here / "a" / "model.safetensors", 3000),
