@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(args, str(e), 2)
     except KeyboardInterrupt:
-        return _fail(args, "interrupted; nothing was written", 130)
+        return _fail(args, "interrupted" + ("; nothing was written" if args.run is _merge else ""), 130)
     except BrokenPipeError:
         return 1
     except Exception as e:
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "out", metavar="OUT", type=Path, nargs="?", help="folder for models and result (default: seme-demo)"
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
-    demo.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    demo.add_argument("--overwrite", action="store_true", help="write into OUT even if it is not empty")
     demo.add_argument("--quiet", "-q", action="store_true", help="print the table only")
     return parser
 
