@@ -16,7 +16,7 @@ from seme import engine, native
 from seme import plan as planning
 from seme.checkpoint import Checkpoint, Writer
 from seme.config import load
-from seme.engine import Options, Progress, chunk_bytes, peak_memory
+from seme.engine import Options, Progress, buffer_memory, chunk_bytes
 from seme.errors import BackendError, CheckpointError, ConfigError, TargetError
 from seme.merging import MergeResult, make_options, merge, run
 from seme.methods import _magnitude, get
@@ -499,7 +499,7 @@ class TestOptions:
         plan = self.plan()
         for memory, threads in ((1 << 28, 1), (1 << 28, 16), (2 << 20, 1), (16 << 20, 8)):
             options = Options(memory, threads)
-            assert peak_memory(plan, options) <= memory
+            assert buffer_memory(plan, options) <= memory
             assert chunk_bytes(plan, options) % (8 * BLOCK) == 0
             assert chunk_bytes(plan, options) <= engine.CHUNK_BYTES
 

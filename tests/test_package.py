@@ -33,6 +33,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+BARE = ("-S",)
+"""Without site-packages: an editable install of seme in there would answer for any seme that a test imports."""
+
+
 def run(*arguments: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """A new Python, without the variables that change a build, and without a network for pip."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SEME_", "CXX", "CUDA", "PYTHON"))}
@@ -160,7 +164,7 @@ def test_broken_compiler_gives_a_warning_and_pure_python(pure):
     assert re.search(r"warning: .*seme\._C_cuda was not built: nvcc was not found.*SEME_CUDA=1 makes this", output)
     assert not compiled(names(site))
     why = "from seme import native; print(native.why_not('_C'))"
-    done = run("-c", why, cwd=site, PYTHONPATH=str(site))
+    done = run(*BARE, "-c", why, cwd=site, PYTHONPATH=str(site))
     assert done.stdout == "No module named 'seme._C'\n"
 
 
@@ -221,7 +225,7 @@ import seme.kernels
 
 def kernels_of(cwd: Path, *sites: Path) -> Path:
     """The file of seme.kernels, for a Python started in `cwd` with `sites` as site-packages."""
-    done = run("-c", WHERE, *sites, cwd=cwd)
+    done = run(*BARE, "-c", WHERE, *sites, cwd=cwd)
     assert done.returncode == 0, done.stdout
     return Path(done.stdout.strip())
 
@@ -244,7 +248,7 @@ def test_package_of_the_same_name_is_not_taken_for_ours(pure, tmp_path):
     (site / "kernels").mkdir()
     (site / "kernels" / "__init__.py").write_text("raise RuntimeError('not ours')\n")
     assert kernels_of(tmp_path, site) == site / "seme" / "kernels" / "__init__.py"
-    done = run("-c", "import seme; print(list(seme.__path__))", cwd=site)
+    done = run(*BARE, "-c", "import seme; print(list(seme.__path__))", cwd=site)
     assert done.stdout == f"{[str(site / 'seme')]}\n"
 
 
@@ -276,7 +280,7 @@ def test_editable_install_puts_the_module_beside_its_sources(tmp_path):
     assert done.returncode == 0, done.stdout
     assert [f.partition(".")[0] for f in compiled(names(tree))] == ["seme/_C"]
     where = "import sys, site; site.addsitedir(sys.argv[1]); import seme._C; print(seme._C.stub, seme._C.__file__)"
-    done = run("-c", where, unpack(tmp_path / "wheel"), cwd=tmp_path)
+    done = run(*BARE, "-c", where, unpack(tmp_path / "wheel"), cwd=tmp_path)
     assert done.stdout.startswith(f"True {tree / 'seme' / '_C'}")
 
 

@@ -38,7 +38,7 @@ def compare(name, backend, tensors, arguments, compute):
 def test_bits(name, dtype, backend):
     stored, compute = DTYPES[dtype]
     for numel in (0, 1, 7, 63, 1023, 8191, 8193, 65537, 1_000_003):
-        tensors = make_tensors(numel, stored)
+        tensors = make_tensors(name, numel, stored)
         for chosen, arguments in calls(name, tensors, compute):
             compare(name, backend, chosen, arguments, compute)
 
@@ -47,7 +47,7 @@ def test_bits(name, dtype, backend):
 @pytest.mark.parametrize("name", OPS)
 def test_unaligned_views(name, offset, backend):
     op, (stored, compute) = OPS[name], DTYPES["mixed-in-bf16"]
-    whole = [t.cuda() for t in make_tensors(20011, stored)]
+    whole = [t.cuda() for t in make_tensors(name, 20011, stored)]
     views = [t[offset : offset + 20000] for t in whole]
     copies = [v.cpu() for v in views]
     for chosen, arguments in calls(name, copies, compute):
@@ -64,7 +64,7 @@ def test_more_than_two_to_the_31_elements(name, backend):
         pytest.skip("needs 22 GB of GPU memory")
     op = OPS[name]
     tensors = [torch.zeros(numel, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
-    tail = make_tensors(5000, (dtypes.bfloat16,), count=3)
+    tail = make_tensors(name, 5000, (dtypes.bfloat16,), count=3)
     for tensor, end in zip(tensors, tail):
         tensor[-5000:] = end.cuda()
     arguments = {"weights": [0.5] * (3 if name == "weighted_sum" else 2), "compute_dtype": torch.float32}

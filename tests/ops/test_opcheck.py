@@ -11,7 +11,7 @@ from tests.kernels.cases import calls, make_tensors
 
 
 def sample(name):
-    tensors = [t.clamp(-10, 10) for t in make_tensors(60, (dtypes.float32,), count=3)]
+    tensors = [t.clamp(-10, 10) for t in make_tensors(name, 60, (dtypes.float32,), count=3)]
     tensors, arguments = calls(name, tensors, dtypes.float32)[-1]
     op = OPS[name]
     split = (tensors[0], tensors[1:]) if op.has_base else (tensors,)

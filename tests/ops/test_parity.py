@@ -41,7 +41,7 @@ def launch(name, threads):
 def test_bits(name, dtype, isa):
     stored, compute = DTYPES[dtype]
     for numel in (0, 1, 7, 63, 1023, 8191, 8193):
-        tensors = make_tensors(numel, stored)
+        tensors = make_tensors(name, numel, stored)
         for chosen, arguments in calls(name, tensors, compute):
             compare(launch(name, 1), name, chosen, arguments, compute)
 
@@ -51,7 +51,7 @@ def test_bits(name, dtype, isa):
 @pytest.mark.parametrize("name", OPS)
 def test_threads(name, dtype, threads):
     stored, compute = DTYPES[dtype]
-    tensors = make_tensors(16 * BLOCK + 65, stored)
+    tensors = make_tensors(name, 16 * BLOCK + 65, stored)
     for chosen, arguments in calls(name, tensors, compute):
         compare(launch(name, threads), name, chosen, arguments, compute)
 
@@ -60,7 +60,7 @@ def test_threads(name, dtype, threads):
 @pytest.mark.parametrize("name", OPS)
 def test_unaligned_views(name, offset):
     stored, compute = DTYPES["mixed-in-bf16"]
-    tensors = [t[offset : offset + 1500] for t in make_tensors(1600, stored)]
+    tensors = [t[offset : offset + 1500] for t in make_tensors(name, 1600, stored)]
     for chosen, arguments in calls(name, tensors, compute):
         compare(launch(name, 1), name, chosen, arguments, compute)
 
@@ -70,7 +70,7 @@ def test_unaligned_views(name, offset):
 def test_chunks(name, dtype):
     """A tensor in chunks of whole blocks, with quotas handed on, gives what it gives at once."""
     op, (stored, compute) = OPS[name], DTYPES[dtype]
-    tensors = make_tensors(5 * BLOCK + 77, stored)
+    tensors = make_tensors(name, 5 * BLOCK + 77, stored)
     for chosen, arguments in calls(name, tensors, compute):
         specs = [Spec(tuple(t.shape), dtypes.from_torch(t.dtype)) for t in chosen]
         params = op.check(specs, compute_dtype=compute, **arguments)
@@ -103,7 +103,7 @@ def test_chunks(name, dtype):
 @pytest.mark.parametrize("name", ["weighted_sum", "task_vector_sum", "ties"])
 def test_non_contiguous_inputs_and_output(name):
     op, (stored, compute) = OPS[name], DTYPES["bf16-in-f32"]
-    tensors = [t.view(40, 50).t()[3:, 1:] for t in make_tensors(2000, stored)]
+    tensors = [t.view(40, 50).t()[3:, 1:] for t in make_tensors(name, 2000, stored)]
     _, arguments = calls(name, [t.reshape(-1) for t in tensors], compute)[-1]
     expected = op(tensors, backend="torch", compute_dtype=torch.float32, **arguments)
     out = torch.full((39, 47), float("nan"), dtype=expected.dtype).t()
@@ -134,7 +134,7 @@ def test_zero_nonfinite():
     from seme.ops.nonfinite import nonfinite, zero_nonfinite_
 
     for stored, compute in DTYPES.values():
-        tensors = make_tensors(1023, stored)
+        tensors = make_tensors("nonfinite", 1023, stored)
         finite = [torch.where(torch.isfinite(t), t, torch.zeros_like(t)) for t in tensors]
         zero_nonfinite_([view(t) for t in tensors])
         for tensor, expected in zip(tensors, finite):
