@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
 from seme.config import convert, suggest
-from seme.errors import ConfigError, SemeError
+from seme.errors import ConfigError, SemeError, brief
 from seme.methods import Group, Method, Param, Pass, Reduced, get
 from seme.ops._op import Spec
 
@@ -59,6 +59,12 @@ def merge_state_dicts(
         values = list(models)
         ids = list(range(len(values)))
     states = [v.state_dict() if isinstance(v, torch.nn.Module) else v for v in values]
+    for model_id, state in zip(ids, states):
+        if not isinstance(state, Mapping):
+            raise SemeError(f"models[{model_id!r}]: expected a state dict or a module, found {type(state).__name__}")
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+                raise SemeError(f"models[{model_id!r}]: entry {brief(name)} is not a dense tensor")
     if base is not None and base not in ids:
         raise ConfigError(f"base: {base!r} is not one of the models; known: {', '.join(map(repr, ids))}")
     index = ids.index(base) if base is not None else None
@@ -86,13 +92,16 @@ def _arguments(method: Method, parameters: Mapping[str, Any], ids: list[Hashable
             raise ConfigError(f"parameters.{name}: {method.name} has no such parameter{suggest(name, known)}")
     arguments: dict[str, Any] = {}
     for param in method.params:
-        value = parameters.get(param.name, param.default)
+        value = parameters.get(param.name)
+        value = param.default if value is None else value
         if value is None:
             raise ConfigError(f"parameters.{param.name}: missing; {param.doc}")
         key = "lambda_" if param.name == "lambda" else param.name
         if param.scope == "shared":
             arguments[key] = convert(value, param.kind, f"parameters.{param.name}")
         else:
+            if isinstance(value, Mapping) and (unknown := [i for i in value if i not in ids]):
+                raise ConfigError(f"parameters.{param.name}: {unknown[0]!r} is not one of the models")
             chosen = [i for i in range(len(ids)) if param.scope == "model" or i != base]
             arguments[key] = _per_input(param, value, [ids[i] for i in chosen])
     return arguments
@@ -105,7 +114,7 @@ def _per_input(param: Param, value: Any, ids: list[Hashable]) -> list[Any]:
         if missing:
             raise ConfigError(f"{where}: no value for model {missing[0]!r}")
         value = [value.get(i, param.default) for i in ids]
-    elif isinstance(value, (int, float, str)):
+    elif isinstance(value, str) or not isinstance(value, Iterable):
         value = [value] * len(ids)
     value = list(value)
     if len(value) != len(ids):
@@ -133,7 +142,7 @@ def _merge_one(
                 f"tensor {name}: model {i} has shape {list(spec.shape)}, model 0 has {list(specs[0].shape)}"
             )
     if not all(s.dtype.mergeable for s in specs):
-        if not all(torch.equal(t, tensors[0]) and t.dtype == tensors[0].dtype for t in tensors):
+        if not all(_same_bits(t, tensors[0]) for t in tensors[1:]):
             raise SemeError(f"tensor {name} ({specs[0].dtype}): not floating point and not equal in all models")
         return tensors[0].clone()
     stored = dtypes.promote([s.dtype for s in specs])
@@ -152,6 +161,15 @@ def _merge_one(
             pass_ = merge.send(out) if out is not None else next(merge)
         except StopIteration:
             return merged
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    if a.dtype != b.dtype:
+        return False
+    x, y = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b))  # float8 cannot be compared
+    return torch.equal(x, y)
 
 
 def _run(pass_: Pass, tensors: list[torch.Tensor], merged: torch.Tensor, backend: str, threads: int) -> Reduced | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from seme import cli
+from seme.engine import Progress
 
 from .checkpoints import CONFIG, decoder, read, write
 
@@ -150,6 +151,43 @@ def test_mistakes_exit_2_with_one_line_and_write_nothing(mistake, capsys, here):
     assert untouched(here, before)
 
 
+@pytest.mark.parametrize("option", ["--dry-run", "--quiet", "--json"])
+def test_mistakes_with_other_options(option, capsys, here):
+    nan(here)
+    reshape(here)
+    before = sorted(os.listdir(here))
+    code, out, err = seme(capsys, "merge", "recipe.yml", "out", option)
+    assert code == 2
+    assert err.startswith("seme: error: ")
+    assert err.count("\n") == 1
+    if option == "--json":
+        assert json.loads(out) == {"error": err.removeprefix("seme: error: ").strip(), "exit_code": 2}
+    else:
+        assert out == ""
+    assert untouched(here, before)
+
+
+def test_notes_are_printed_and_planned(capsys, here):
+    tensors = decoder(1)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    write(here / "a", tensors)
+    note = "model.layers.0.self_attn.rotary_emb.inv_freq of a: left out, transformers computes it"
+    assert f"note      {note}\n" in seme(capsys, "merge", "recipe.yml", "out", "--dry-run")[1]
+    assert note in json.loads(seme(capsys, "merge", "recipe.yml", "out", "--dry-run", "--json")[1])["notes"]
+    assert seme(capsys, "merge", "recipe.yml", "out")[1].startswith(f"note: {note}\n")
+
+
+def test_options_reach_the_merge(capsys, here):
+    nan(here)
+    options = ("--nonfinite", "zero", "--out-shard-size", "3kB", "--threads", "1", "--memory", "4MiB")
+    assert seme(capsys, "merge", "recipe.yml", "out", *options, "-q") == (0, "", "")
+    found = read(here / "out")
+    assert len(list((here / "out").glob("*.safetensors"))) == 4
+    assert torch.isfinite(found["model.norm.weight"]).all()
+    shards = json.loads(seme(capsys, "merge", "recipe.yml", "two", *options, "--dry-run", "--json")[1])["shards"]
+    assert len(shards) == 4
+
+
 def test_target_with_something_in_it(capsys, here):
     (here / "out").mkdir()
     (here / "out" / "precious").write_text("x")
@@ -218,6 +256,85 @@ def test_interrupt_leaves_nothing(here):
 def child_environment():
     root = os.path.dirname(os.path.dirname(os.path.abspath(cli.__file__)))
     return {**os.environ, "PYTHONPATH": root}
+
+
+def test_help_is_quick():
+    """Without numpy and torch it takes a tenth of a second; with either, several."""
+    spent = []
+    for _ in range(3):
+        before = os.times()
+        done = subprocess.run(
+            [sys.executable, "-m", "seme", "--help"], capture_output=True, text=True, env=child_environment()
+        )
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        assert done.returncode == 0
+        assert "merge models as a mergekit-style YAML recipe says" in done.stdout
+    assert min(spent) < 0.5, "CPU seconds"
+
+
+def test_memory_does_not_depend_on_the_model(here):
+    """Three inputs of 100 MB each: the peak is that of the interpreter and the buffers."""
+    program = (
+        "import resource, sys; from seme.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    recipe = RECIPE.replace("task_arithmetic", "ties").replace("0.75]}", "0.75], density: 0.3}")
+    (here / "recipe.yml").write_text(recipe)
+    peaks = {}
+    for numel in (10_000, 50_000_000):
+        for seed, name in enumerate(("base", "a")):
+            x = torch.arange(numel, dtype=torch.float32) % (1000 + seed) / 1000
+            write(here / name, {"w": x.to(torch.bfloat16)}, CONFIG)
+        done = subprocess.run(
+            [sys.executable, "-c", program, "merge", "recipe.yml", f"out{numel}", "-q", "--memory", "16MiB"],
+            capture_output=True,
+            text=True,
+            env=child_environment(),
+        )
+        assert done.returncode == 0, done.stderr
+        peaks[numel] = int(done.stdout)
+    # 16 MiB of buffers that the small model does not fill, and histograms of half a megabyte per worker.
+    assert peaks[50_000_000] < peaks[10_000] + 25_000_000 < 100_000_000
+
+
+class TestDisplay:
+    def progress(self, **changes):
+        return Progress(**{"total": 2000, "done": 500, "read": 1000, "started": time.monotonic() - 20, **changes})
+
+    def test_lines_where_there_is_no_terminal(self, capsys):
+        display = cli._Display(quiet=False)
+        display.update(self.progress())
+        assert capsys.readouterr().err == "", "not more often than every ten seconds"
+        display._said -= 11
+        display.update(self.progress())
+        line = capsys.readouterr().err
+        assert line.startswith(" 25%  500 B of 2.0 kB written, ")
+        assert line.endswith(", 60 s left\n")
+
+    def test_before_the_first_byte(self, capsys):
+        display = cli._Display(quiet=False)
+        display._said -= 11
+        display.update(self.progress(done=0, total=0))
+        assert capsys.readouterr().err.startswith("  0%  0 B of 0 B written")
+
+    def test_quiet(self, capsys):
+        display = cli._Display(quiet=True)
+        display._said -= 11
+        display.update(self.progress())
+        assert capsys.readouterr().err == ""
+
+    def test_a_bar_on_a_terminal(self, capsys):
+        with cli._Display(quiet=False) as display:
+            display.terminal = True
+            display.update(self.progress(started=time.monotonic()))
+            assert display._bar is None, "not for a merge that is over in a moment"
+            display.update(self.progress())
+            (task,) = display._bar.tasks
+            assert (task.completed, task.total) == (500, 2000)
+            assert "/s" in task.fields["rate"]
+        assert display._bar.finished or not display._bar.live.is_started
 
 
 def test_help_and_merge_import_nothing_heavy(here):

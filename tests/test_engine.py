@@ -296,6 +296,14 @@ class TestNonfinite:
         assert sorted(os.listdir()) == ["a", "b", "base", "c"]
 
     @pytest.mark.usefixtures("small_chunks")
+    def test_in_a_model_that_only_the_last_pass_reads(self, bad: Tensors) -> None:
+        # Of a and b only a is trimmed, so only a goes through the histogram.
+        entries = [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b"}]
+        config = {"merge_method": "ties", "base_model": "base", "models": entries, "parameters": {"weight": 1}}
+        with pytest.raises(CheckpointError, match=r"^b/model.safetensors: .*: 3 of 36867 elements are inf or NaN"):
+            merge(config, "out", threads=2)
+
+    @pytest.mark.usefixtures("small_chunks")
     def test_keep_gives_what_the_formula_gives(self, bad: Tensors) -> None:
         config = recipe("linear", models=["a", "b"])
         merge(config, "out", nonfinite="keep")

@@ -88,6 +88,38 @@ def test_tokenizer_source(recipe, tmp_path):
     assert "marker" not in (tmp_path / "b" / "tokenizer_config.json").read_text()
 
 
+def test_a_model_given_as_its_weight_file(recipe, tmp_path):
+    one = make.llama(tmp_path / "one", chat_template=True)
+    models = [{"model": str(one / "model.safetensors")}]
+    merge({"merge_method": "linear", "models": models, "parameters": {"weight": 1}}, tmp_path / "out")
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (one / name).read_bytes()
+    assert all(torch.equal(x, read(one)[name]) for name, x in read(tmp_path / "out").items())
+
+
+def test_a_merge_can_be_merged_again(recipe, tmp_path):
+    merge(recipe, tmp_path / "out")
+    again = {**recipe, "base_model": str(tmp_path / "out"), "models": [{"model": str(tmp_path / "out")}]}
+    again["models"][0]["parameters"] = {"weight": 1}
+    merge(again, tmp_path / "again")
+    assert all(torch.equal(x, read(tmp_path / "out")[name]) for name, x in read(tmp_path / "again").items())
+
+
+def test_targets_that_are_here_or_behind_a_link(recipe, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").touch()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "empty")
+    merge(recipe, ".")
+    assert (tmp_path / "empty" / "README.md").read_text().split("---")[2].startswith("\n# empty\n")
+    merge(recipe, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert not (tmp_path / "real" / "old").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "tuned", "empty", "real", "link"}
+
+
 def test_custom_code_is_copied(tmp_path):
     for seed, name in enumerate(("a", "b")):
         write(tmp_path / name, decoder(seed), {**CONFIG, "auto_map": {"AutoModel": "modeling_x.Model"}})

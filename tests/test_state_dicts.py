@@ -1,5 +1,6 @@
 """seme.merge_state_dicts: the methods on models in memory give what the streamed merge gives."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,18 +14,19 @@ CASES = {
     "linear": (None, {"weight": [0.3, 0.5, 0.4]}, {}),
     "task_arithmetic": (0, {"weight": [0.3, 0.9]}, {"lambda": 0.8}),
     "ties": (0, {"weight": [0.3, 0.9], "density": [0.4, 0.7]}, {"rescale": True}),
+    "slerp": (0, {}, {"t": 0.3}),
 }
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("method", CASES)
 def test_same_bytes_as_the_streamed_merge(method, backend, tmp_path):
-    models = [decoder(seed, torch.bfloat16) for seed in range(3)]
+    models = [decoder(seed, torch.bfloat16) for seed in range(2 if method == "slerp" else 3)]
     base, per_model, shared = CASES[method]
     found = seme.merge_state_dicts(models, method, base=base, parameters={**per_model, **shared}, backend=backend)
     for i, tensors in enumerate(models):
         write(tmp_path / str(i), tensors)
-    experts = range(3) if base is None else range(1, 3)
+    experts = range(len(models)) if base is None else range(1, len(models))
     entries = [
         {"model": str(tmp_path / str(i)), "parameters": {k: v[j] for k, v in per_model.items()}}
         for j, i in enumerate(experts)
@@ -46,6 +48,35 @@ def test_slerp_by_ids_and_modules():
     ids = {"x": {"w": torch.ones(2)}, "y": {"w": torch.zeros(2)}}
     found = seme.merge_state_dicts(ids, "linear", parameters={"weight": {"x": 3, "y": 1}})
     assert found["w"].tolist() == [0.75, 0.75]
+
+
+@pytest.mark.parametrize("weight", [2, "2e0", [2, 2], (2.0, "2"), {0: 2, 1: 2}, np.float64(2), np.array([2.0, 2.0])])
+def test_ways_to_give_a_parameter(weight):
+    states = [{"w": torch.ones(2)}, {"w": torch.zeros(2)}]
+    found = seme.merge_state_dicts(states, "linear", parameters={"weight": weight, "normalize": False})
+    assert found["w"].tolist() == [2, 2]
+
+
+def test_a_parameter_of_some_models_and_none_are_as_if_not_given():
+    states = {name: {"w": torch.tensor([1.0, 2.0, 4.0]) * i} for i, name in enumerate("xyz")}
+    one = {"weight": 1, "density": {"y": 0.4}, "lambda": None}
+    found = seme.merge_state_dicts(states, "ties", base="x", parameters=one)
+    every = {"weight": [1, 1], "density": [0.4, 1.0], "lambda": 1.0}
+    assert torch.equal(found["w"], seme.merge_state_dicts(states, "ties", base="x", parameters=every)["w"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_copies_are_compared_by_their_bytes(dtype):
+    x = torch.full((3,), float("nan")).to(dtype)
+    found = seme.merge_state_dicts([{"x": x}, {"x": x.clone()}], "linear", parameters={"weight": 1})
+    assert found["x"].dtype == dtype
+
+
+def test_parameters_that_require_gradients_are_merged_without():
+    module = torch.nn.Linear(3, 4)
+    found = seme.merge_state_dicts([dict(module.named_parameters())] * 2, "linear", parameters={"weight": 1})
+    assert not found["weight"].requires_grad
+    assert torch.equal(found["weight"], module.weight)
 
 
 def test_dtypes_and_buffers():
@@ -71,6 +102,15 @@ def test_dtypes_and_buffers():
         ([{"w": torch.ones(2)}, {"v": torch.ones(2)}], "linear", {"parameters": {"weight": 1}}, "not in all models"),
         ([{"w": torch.ones(2)}, {"w": torch.ones(3)}], "linear", {"parameters": {"weight": 1}}, r"\[3\].*\[2\]"),
         ([{"w": torch.arange(2)}, {"w": torch.ones(2).long()}], "linear", {"parameters": {"weight": 1}}, "not equal"),
+        ([{"w": torch.ones(2)}, {"w": torch.ones(2).long()}], "linear", {"parameters": {"weight": 1}}, "not equal"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"parameters": {"weight": {0: 1, 7: 1}}}, "7 is not one of the models"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"parameters": {"weight": None}}, "parameters.weight: missing"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"parameters": {"weight": "much"}}, "'much': expected a finite number"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"parameters": {"weight": [1, [1]]}}, "expected a finite number"),
+        ({"w": torch.ones(2), "v": torch.ones(2)}, "linear", {}, "models\\['w'\\]: expected a state dict or a module"),
+        ([{"w": 3}] * 2, "linear", {"parameters": {"weight": 1}}, "entry 'w' is not a dense tensor"),
+        ([{"w": torch.eye(2).to_sparse()}] * 2, "linear", {"parameters": {"weight": 1}}, "is not a dense tensor"),
+        ([], "linear", {"parameters": {"weight": 1}}, "linear takes 1 or more models, base included; found 0"),
         ([{"w": torch.ones(2)}] * 2, "linear", {"base": 5, "parameters": {"weight": 1}}, "5 is not one of the models"),
     ],
 )

@@ -1,5 +1,7 @@
 """Laws that every registered method obeys; a new method is tried without a line here unless it needs arguments."""
 
+import os
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ ARGUMENTS = {
     "ties": [{"weight": [0.5, 0.25], "density": [0.25, 0.75]}, {"weight": [1.0, 1.0]}],
 }
 CASES = [(name, case) for name, cases in ARGUMENTS.items() for case in cases]
-BACKENDS = ("torch", "cpu")
+BACKENDS = ("torch", "cpu", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []))
 
 
 def inputs(name, shape=(40, 33), dtype=torch.float32):
@@ -92,6 +94,20 @@ def test_empty_and_scalar_tensors(name, case, shape):
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_dtype_in_is_dtype_out(name, case, dtype):
     assert run(name, inputs(name, dtype=dtype), case).dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_every_backend_gives_the_same_bytes(name, case, backend):
+    tensors = [t + i * torch.rand(t.shape) for i, t in enumerate(inputs(name))]  # sums that do round
+    assert torch.equal(run(name, tensors, case, backend=backend), run(name, tensors, case, backend="torch"))
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_views_are_merged_as_their_copies(name, case):
+    tensors = inputs(name)
+    views = [torch.stack([t, -t], dim=-1)[..., 0].t() for t in tensors]
+    assert torch.equal(run(name, views, case), run(name, [v.contiguous() for v in views], case))
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

@@ -61,6 +61,51 @@ def test_registering(monkeypatch):
         register(merge)
 
 
+class Point:
+    """An entry point of another package."""
+
+    def __init__(self, name, load):
+        self.name, self.value, self.load = name, f"package:{name}", load
+
+
+def test_methods_of_other_packages(monkeypatch):
+    """One that registers is there; one that breaks costs a warning and nothing else."""
+
+    def load():
+        def merge(group, *, weight: PerExpert):
+            """A method.
+
+            Args:
+                weight: of each.
+            """
+
+        method("third_party", reference=lambda tensors: tensors[0], source="https://example.org")(merge)
+
+    def broken():
+        raise ImportError("No module named 'missing'")
+
+    points = [Point("broken", broken), Point("third_party", load)]
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_discovered", False)
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "seme.methods" else [])
+    with pytest.warns(UserWarning, match="seme: merge method broken of package:broken is left out: No module named"):
+        found = methods()
+    assert "third_party" in found
+    assert {"linear", "slerp", "task_arithmetic", "ties"} < set(found)
+
+
+def test_how_many_models_a_method_takes():
+    for name, count, message in (
+        ("slerp", 1, "models: slerp takes 2 models, base included; found 1"),
+        ("slerp", 3, "models: slerp takes 2 models, base included; found 3"),
+        ("linear", 0, "models: linear takes 1 or more models, base included; found 0"),
+    ):
+        with pytest.raises(ConfigError) as e:
+            get(name).check_inputs(count)
+        assert str(e.value) == message
+    get("linear").check_inputs(100)
+
+
 def test_a_parameter_without_description_or_with_another_type_is_refused():
     def undescribed(group, *, weight: PerExpert):
         """Nothing."""

@@ -56,6 +56,15 @@ def test_threads(name, dtype, threads):
         compare(launch(name, threads), name, chosen, arguments, compute)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_histogram_threads(threads):
+    """Threads get histograms of their own only when there is much to count."""
+    stored, compute = DTYPES["bf16-in-f32"]
+    tensors = make_tensors(96 * BLOCK + 65, stored, count=2)
+    for chosen, arguments in calls("magnitude_histogram", tensors, compute):
+        compare(launch("magnitude_histogram", threads), "magnitude_histogram", chosen, arguments, compute)
+
+
 @pytest.mark.parametrize("offset", range(5))
 @pytest.mark.parametrize("name", OPS)
 def test_unaligned_views(name, offset):

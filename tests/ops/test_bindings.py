@@ -1,0 +1,109 @@
+"""The compiled module checks every count and size itself: behind it there are only pointers."""
+
+import pytest
+import torch
+
+from seme import native
+
+pytestmark = pytest.mark.skipif(native.why_not("_C") is not None, reason="seme._C is not built: SEME_NATIVE=1")
+F32, F64, INT64 = 0, 3, -1
+N = 100
+X = torch.ones(N)
+OUT = torch.full((N,), float("nan"))
+
+
+def view(tensor, numel=None, code=F32):
+    return tensor.data_ptr(), tensor.numel() if numel is None else numel, code
+
+
+# Large enough for every result below; only addresses are passed on, so the tensors have to stay.
+DOUBLES = torch.zeros(8, dtype=torch.float64)
+INTEGERS = torch.zeros(65538, dtype=torch.int64)
+
+
+def doubles(count):
+    return view(DOUBLES, count, F64)
+
+
+def integers(count):
+    return view(INTEGERS, count, INT64)
+
+
+TWO = [view(X), view(X)]
+UNEQUAL = [view(X), view(X, N - 1)]
+
+# Of every op: a call that works (arguments before the output, output), and the position of each per-tensor list.
+CALLS = {
+    "weighted_sum": (([1.0, 1.0], 1.0, F32), view(OUT), [0]),
+    "task_vector_sum": (([1.0], 1.0, 1.0, F32), view(OUT), [0]),
+    "inner_products": ((F32,), doubles(4), []),
+    "magnitude_histogram": (([0], [0], F32), integers(65538), [0, 1]),
+    "tie_counts": (([0], F32), integers(1), [0]),
+    "ties": (([1.0], [0], [0], [1.0], True, 1.0, F32), view(OUT), [0, 1, 2, 3]),
+    "trimmed_l1": (([0], [0], F32), doubles(2), [0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_counts_and_sizes(name):
+    arguments, out, lists = CALLS[name]
+    op = getattr(native.module(), name)
+    op(TWO, *arguments, out, 1)
+    with pytest.raises(ValueError, match="tensors differ in size"):
+        op(UNEQUAL, *arguments, out, 1)
+    with pytest.raises(ValueError, match="no tensors"):
+        op([], *arguments, out, 1)
+    with pytest.raises(ValueError, match=r"tensors differ in size|out has .* elements, expected"):
+        op(TWO, *arguments, (out[0], out[1] - 1, out[2]), 1)
+    with pytest.raises(ValueError, match="dtype"):
+        op(TWO, *arguments, (*out[:2], 7), 1)
+    with pytest.raises(ValueError, match="null address"):
+        op(TWO, *arguments, (0, *out[1:]), 1)
+    with pytest.raises(ValueError, match="null address"):
+        op([TWO[0], (0, N, F32)], *arguments, out, 1)
+    with pytest.raises(ValueError, match=r"dtype code 9 is not 0\.\.3"):
+        op(TWO, *arguments[:-1], 9, out, 1)
+    for position in lists:
+        more = [*arguments[:position], arguments[position] * 2, *arguments[position + 1 :]]
+        with pytest.raises(ValueError, match="one per tensor expected"):
+            op(TWO, *more, out, 1)
+
+
+def test_windows():
+    op = native.module().magnitude_histogram
+    for lowest, shift, message in (
+        ([-1], [0], "lowest is negative"),
+        ([0], [48], "shift is not"),
+        ([0], [-1], "shift"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(TWO, lowest, shift, F32, integers(65538), 1)
+
+
+def test_nonfinite():
+    op = native.module().nonfinite
+    op(UNEQUAL, integers(2), 1, False)  # tensors of different sizes are fine here
+    with pytest.raises(ValueError, match="out has 1 elements, expected 2"):
+        op(UNEQUAL, integers(1), 1, False)
+    with pytest.raises(ValueError, match="out has the wrong dtype"):
+        op(UNEQUAL, doubles(2), 1, False)
+
+
+def test_host_helpers():
+    module = native.module()
+    with pytest.raises(ValueError, match="no counts"):
+        module.find_in_histogram(0, 5, 1)
+    with pytest.raises(ValueError, match="no memory to add"):
+        module.add_int64(0, 0, 5)
+    counts = torch.tensor([2, 0, 3])
+    assert [module.find_in_histogram(counts.data_ptr(), 3, k) for k in (1, 3, 4, 5, 6)] == [
+        (2, 0), (2, 0), (0, 3), (0, 3), (-1, 5)
+    ]  # fmt: skip
+    module.add_int64(counts.data_ptr(), counts.data_ptr(), 3)
+    assert counts.tolist() == [4, 0, 6]
+
+
+def test_instruction_set_beyond_the_machine():
+    module = native.module()
+    with pytest.raises(ValueError, match="does not have the instruction set"):
+        module.set_isa(module.best_isa() + 1)
