@@ -345,8 +345,8 @@ def convert(value: Scalar, kind: type, where: str) -> Scalar:
             value = float(value)
         try:
             number = math.nan if isinstance(value, (bool, str)) else float(value)
-        except OverflowError:
-            number = math.inf
+        except (OverflowError, TypeError, ValueError):
+            number = math.nan
         if not math.isfinite(number):
             raise ConfigError(f"{where}: {brief(value)}: expected a finite number")
         if kind is float:
