@@ -9,6 +9,8 @@ import platform
 import select
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,14 +68,26 @@ class Oracle:
         Raises:
             OracleError: mergekit refused.
         """
+        with self.merging(config, out, **options):
+            return out
+
+    @contextmanager
+    def merging(self, config: str, out: Path, **options: Any) -> Iterator[None]:
+        """Run a merge while the body runs; it is done when the body is left.
+
+        Raises:
+            OracleError: mergekit refused.
+        """
         assert self._process.stdin is not None
         request = {"config": config, "out": str(out), "options": options}
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
-        error = self._reply()["error"]
+        try:
+            yield
+        finally:
+            error = self._reply()["error"]
         if error is not None:
             raise OracleError(error)
-        return out
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None

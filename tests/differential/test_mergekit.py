@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,14 @@ DEFAULT_CASES = [
 ]
 
 
+def run_both(text: str, oracle: Oracle, folder: Path, tokenizer: bool = False, **options: Any) -> tuple[Path, Path]:
+    """The outputs of seme and of mergekit, which run at the same time."""
+    theirs = folder / "mergekit"
+    with oracle.merging(text, theirs, copy_tokenizer=tokenizer):
+        ours = seme.merge(text, folder / "seme", **options).path
+    return ours, theirs
+
+
 def config_dtype(folder: Path) -> str | None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found: str | None = config.get("dtype") or config.get("torch_dtype")
@@ -116,8 +125,7 @@ def test_the_same_recipe_gives_the_same_values(
     case: Case, model: Models, oracle: Oracle, record: Record, tmp_path: Path
 ) -> None:
     text = case.text(model)
-    ours = seme.merge(text, tmp_path / "seme", threads=2, memory="8MiB").path
-    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    ours, theirs = run_both(text, oracle, tmp_path, threads=2, memory="8MiB")
     check(text, ours, theirs, oracle, record, case.precision)
     # config.json names the dtype of the tensors. mergekit leaves the donor's as it is if the recipe gives none, which
     # is right only if all models are stored alike.
@@ -132,8 +140,7 @@ def test_mergekit_on_the_best_kernels_of_the_machine(
     case: Case, model: Models, default_oracle: Oracle, record: Record, tmp_path: Path
 ) -> None:
     text = case.text(model)
-    ours = seme.merge(text, tmp_path / "seme").path
-    theirs = default_oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    ours, theirs = run_both(text, default_oracle, tmp_path)
     check(text, ours, theirs, default_oracle, record, case.precision)
 
 
@@ -162,8 +169,7 @@ def test_both_trims_keep_exactly_k_and_differ_in_ties_only(
         "merge_method: ties\nmodels: [{model: $expert, parameters: {weight: 1}}]\nbase_model: $base\n"
         f"parameters: {{density: {density}, lambda: 4096}}\n{PRECISIONS[precision]}"
     ).substitute(base=model("qwen2", "base", "bfloat16"), expert=model("qwen2", member, "bfloat16"))
-    ours = seme.merge(text, tmp_path / "seme").path
-    theirs = default_oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    ours, theirs = run_both(text, default_oracle, tmp_path)
     check(text, ours, theirs, default_oracle, record, precision)
     mine, other = read(ours), read(theirs)
     plan = planning.make(load(text))
@@ -218,8 +224,7 @@ def test_a_stored_copy_of_a_tied_head_is_left_out_and_nothing_is_lost(
         f"merge_method: task_arithmetic\nmodels: [{{model: {copied}, parameters: {{weight: 0.3}}}}]\n"
         f"base_model: {base}\ndtype: float32\nout_dtype: bfloat16\n"
     )
-    ours = seme.merge(text, tmp_path / "seme").path
-    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    ours, theirs = run_both(text, oracle, tmp_path)
     # mergekit writes the head as well, and it is the embedding.
     other = read(theirs)
     assert torch.equal(other["lm_head.weight"], other["model.embed_tokens.weight"])
@@ -239,8 +244,7 @@ def test_an_untied_base_takes_the_embedding_of_a_tied_model_as_its_head(
         f"merge_method: slerp\nmodels: [{{model: {untied}}}, {{model: {a}}}]\nbase_model: {untied}\n"
         "parameters: {t: 0.4}\ndtype: bfloat16\n"
     )
-    ours = seme.merge(text, tmp_path / "seme").path
-    theirs = oracle.merge(text, tmp_path / "mergekit", copy_tokenizer=False)
+    ours, theirs = run_both(text, oracle, tmp_path)
     assert "lm_head.weight" in read(ours)
     check(text, ours, theirs, oracle, record, "bfloat16")
 
@@ -254,8 +258,7 @@ def test_tokenizer_and_config_come_from_the_base_model(
         f"merge_method: slerp\nmodels: [{{model: {other}}}, {{model: {base}}}]\nbase_model: {base}\n"
         "parameters: {t: 0.5}\nout_dtype: float16\ndtype: float32\n"
     )
-    ours = seme.merge(text, tmp_path / "seme").path
-    theirs = oracle.merge(text, tmp_path / "mergekit")
+    ours, theirs = run_both(text, oracle, tmp_path, tokenizer=True)
     names = [n for n in (*TOKENIZER_FILES, *MODEL_FILES) if (theirs / n).exists()]
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(names)
     for name in names:
@@ -271,8 +274,7 @@ def test_tokenizer_source_base_with_one_vocabulary(
     model: Models, oracle: Oracle, record: Record, tmp_path: Path
 ) -> None:
     text = Case("task_arithmetic", "scalars", "llama", "float32, bfloat16").text(model) + "tokenizer_source: base\n"
-    ours = seme.merge(text, tmp_path / "seme").path
-    theirs = oracle.merge(text, tmp_path / "mergekit")
+    ours, theirs = run_both(text, oracle, tmp_path, tokenizer=True)
     check(text, ours, theirs, oracle, record, "float32, bfloat16")
     vocabularies = [json.loads((f / "tokenizer.json").read_text())["model"]["vocab"] for f in (ours, theirs)]
     assert vocabularies[0] == vocabularies[1]
