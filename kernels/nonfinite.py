@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def nonfinite_kernel(x, count, n, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds to `count`, int64 [1]. EXPONENT: the exponent bits of x's dtype."""
+def nonfinite_kernel(x, total, n, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds to `total`, int64 [1]. EXPONENT: the exponent bits of x's dtype."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = load_bits(x, offsets, offsets < n)
     found = tl.sum(((bits & EXPONENT) == EXPONENT).to(tl.int64), axis=0)
-    tl.atomic_add(count, found, mask=found > 0, sem="relaxed")
+    tl.atomic_add(total, found, mask=found > 0, sem="relaxed")
 
 
 def launch(tensors: Sequence[torch.Tensor], out: torch.Tensor, *, block: int = 4096) -> None:

@@ -22,11 +22,11 @@ def _raw(tensor: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _stream() -> tuple[int, int]:
-    """The current CUDA stream: its device and its address."""
+    """The current CUDA device, and the address of its current stream."""
     import torch
 
-    stream = torch.cuda.current_stream()
-    return stream.device_index, stream.cuda_stream
+    device = torch.cuda.current_device()
+    return device, torch.cuda.current_stream(device).cuda_stream
 
 
 def _call(kernel: str, tensors: Sequence[torch.Tensor], out: torch.Tensor, *arguments: Any) -> None:

@@ -56,20 +56,25 @@ def test_unaligned_views(name, offset, backend):
         check_bits(found.cpu().reshape(-1), op(chosen, backend="cpu", **keywords).reshape(-1))
 
 
-@pytest.mark.parametrize("name", ["weighted_sum", "task_vector_sum", "ties"])
+@pytest.mark.large
+@pytest.mark.parametrize("name", OPS)
 def test_more_than_two_to_the_31_elements(name, backend):
-    """The last elements of a tensor whose offsets do not fit 32 bits."""
-    numel = 2**31 + 4099
-    if torch.cuda.mem_get_info()[0] < 5 * 2 * numel:
-        pytest.skip("needs 22 GB of GPU memory")
-    op = OPS[name]
-    tensors = [torch.zeros(numel, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
-    tail = make_tensors(name, 5000, (dtypes.bfloat16,), count=3)
+    """2^31 zeros, and after them elements whose offsets do not fit 32 bits."""
+    zeros, more, (stored, compute) = 2**31, 4099, DTYPES["bf16"]
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free GPU memory")
+    tail = make_tensors(name, more, stored)
+    tail, arguments = calls(name, tail, compute)[0 if name in ("nonfinite", "magnitude_histogram", "tie_counts") else 1]
+    tensors = [torch.zeros(zeros + more, dtype=t.dtype, device="cuda") for t in tail]
     for tensor, end in zip(tensors, tail):
-        tensor[-5000:] = end.cuda()
-    arguments = {"weights": [0.5] * (3 if name == "weighted_sum" else 2), "compute_dtype": torch.float32}
-    if name == "ties":
-        arguments |= {"thresholds": [0, 0], "tie_quotas": [2**62] * 2, "factors": [1.0, 1.0]}
-    found = op(tensors, backend=backend, **arguments)
-    check_bits(found[-5000:].cpu(), op(tail, backend="cpu", **arguments))
-    assert not found[:5000].any()
+        tensor[zeros:] = end.cuda()
+    keywords = {**arguments, "compute_dtype": compute.to_torch()} if name != "nonfinite" else arguments
+    found = OPS[name](tensors, backend=backend, **keywords)
+    expected = OPS[name](tail, backend="cpu", **keywords)
+    if name == "magnitude_histogram":
+        expected[:, 0] += zeros
+    elif not OPS[name].accumulates:
+        before = len(found) - len(expected)  # elements, or blocks
+        assert not found[:before].count_nonzero()
+        found = found[before:]
+    check_bits(found.cpu().reshape(-1), expected.reshape(-1))

@@ -21,69 +21,66 @@ from seme.kernels import (
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Compute dtype, and the tensors a kernel gets: the base or first one, then the others.
-VARIANTS = {
-    "bfloat16": ("*bf16", "*bf16", "*bf16"),
-    "float16": ("*fp16", "*fp16"),
-    "float32": ("*bf16", "*fp16", "*fp32"),
-    "float64": ("*fp64", "*fp32"),
-}
-TIES = {"reals": "*fp64", "integers": "*i64", "tie_ends": "*i64", "n": "i64", "blocks": "i32"}
-TRIMMED = {
-    "integers": "*i64",
-    "tie_ends": "*i64",
-    "out": "*fp64",
-    "n": "i64",
-    "i": "i32",
-    "count": "i32",
-    "blocks": "i32",
-}
+# Compute dtype, types of the tensors, and of the integers: a number that is 1 becomes a constant of the kernel.
+VARIANTS = (
+    ("bfloat16", ("*bf16", "*bf16", "*bf16"), "i32"),
+    ("float16", ("*fp16", "*fp16"), "i64"),
+    ("float32", ("*bf16", "*fp16", "*fp32"), "i64"),
+    ("float32", ("*fp32", "*fp32"), 1),
+    ("float64", ("*fp64", "*fp32"), "i32"),
+)
+TABLES = {"reals": "*fp64"} | dict.fromkeys(("integers", "thresholds", "tie_ends", "counts", "total"), "*i64")
+INTEGERS = ("n", "i", "j", "count", "blocks")
 
 
-def kernels(compute, tensors):
-    """(name, kernel, signature, constants, warps) of every kernel for one variant."""
-    first, last = tensors[0], tensors[-1]
-    big, row = {"COMPUTE": compute, "BLOCK": 1024}, {"COMPUTE": compute, "BLOCK": 8192}
-    sums = {"tensors": tensors, "reals": "*fp64", "out": last, "n": "i64"}
-    yield "weighted_sum", weighted_sum.weighted_sum_kernel, sums, big, 4
-    yield "task_vector_sum", task_vector_sum.task_vector_sum_kernel, sums, big, 4
-    products = {"x": first, "y": last, "out": "*fp64", "n": "i64", "i": "i32", "j": "i32", "count": "i32"}
-    yield "inner_products", inner_products.inner_products_kernel, products, row, 1
-    counts = {"tensors": tensors, "counts": "*i64", "n": "i64"}
-    histogram = magnitude_histogram.magnitude_histogram_kernel
-    yield "magnitude_histogram", histogram, {**counts, "integers": "*i64"}, big, 4
-    yield "tie_counts", tie_counts.tie_counts_kernel, {**counts, "thresholds": "*i64", "blocks": "i32"}, big, 4
+def kernels():
+    """(name, kernel, constants, warps) of every kernel, as the launchers call it."""
+    yield "weighted_sum", weighted_sum.weighted_sum_kernel, {"BLOCK": 1024}, 4
+    yield "task_vector_sum", task_vector_sum.task_vector_sum_kernel, {"BLOCK": 1024}, 4
+    yield "inner_products", inner_products.inner_products_kernel, {"BLOCK": 8192}, 1
+    yield "magnitude_histogram", magnitude_histogram.magnitude_histogram_kernel, {"BLOCK": 1024}, 4
+    yield "tie_counts", tie_counts.tie_counts_kernel, {"BLOCK": 1024}, 4
     for ranked in (False, True):
-        constants = {**big, "RANKED": ranked, "NORMALIZE": not ranked}
-        yield f"ties-{ranked}", ties.ties_kernel, {**TIES, "tensors": tensors, "out": last}, constants, 4
-        constants = {**row, "RANKED": ranked}
-        yield f"trimmed_l1-{ranked}", trimmed_l1.trimmed_l1_kernel, {**TRIMMED, "base": first, "x": last}, constants, 1
-    if len(set(tensors)) == 1:
-        bits = {"x": first, "count": "*i64", "n": "i64"}
-        yield "nonfinite", nonfinite.nonfinite_kernel, bits, {"EXPONENT": 0x7C00, "BLOCK": 4096}, 4
+        yield "ties", ties.ties_kernel, {"BLOCK": 1024, "RANKED": ranked, "NORMALIZE": not ranked}, 4
+        yield "trimmed_l1", trimmed_l1.trimmed_l1_kernel, {"BLOCK": 8192, "RANKED": ranked}, 1
+    yield "nonfinite", nonfinite.nonfinite_kernel, {"BLOCK": 4096, "EXPONENT": 0x7C00}, 4
+
+
+def compile_kernel(kernel, compute, tensors, integer, constants, warps, capability):
+    """One kernel, from the types of its arguments by name."""
+    types = {"tensors": tensors, "base": tensors[0], "x": tensors[-1], "y": tensors[0], **TABLES}
+    types["out"] = tensors[-1] if "tensors" in kernel.arg_names else "*fp64"
+    constants = {**constants, "COMPUTE": compute}
+    if integer == 1:
+        constants |= dict.fromkeys(INTEGERS, 1)
+    else:
+        types |= dict.fromkeys(INTEGERS, "i32") | {"n": integer}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    return triton.compile(
+        ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "enable_fp_fusion": False},
+    )
 
 
 def main() -> None:
     found = []
     for capability in map(int, sys.argv[1:]):
-        for compute, tensors in VARIANTS.items():
-            for name, kernel, signature, constants, warps in kernels(compute, tensors):
-                types = {**signature, **dict.fromkeys(constants, "constexpr")}
-                values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-                compiled = triton.compile(
-                    ASTSource(kernel, types, values),
-                    target=GPUTarget("cuda", capability, 32),
-                    options={"num_warps": warps, "enable_fp_fusion": False},
-                )
+        for compute, tensors, integer in VARIANTS:
+            for name, kernel, constants, warps in kernels():
+                compiled = compile_kernel(kernel, compute, tensors, integer, constants, warps, capability)
                 assembly = compiled.asm["ptx"]
+                arithmetic = re.findall(r"\b[a-z]+(?:\.[a-z]+)*\.f(?:16x2|16|32|64)\b", assembly)
                 found.append(
                     {
                         "kernel": name,
+                        "constants": constants,
                         "compute": compute,
                         "capability": capability,
                         "elf": compiled.asm["cubin"][:4] == b"\x7fELF",
                         "target": re.findall(r"\.target (\w+)", assembly)[0],
-                        "float_instructions": sorted(set(re.findall(r"\b[a-z]+(?:\.[a-z]+)*\.f(?:32|64)\b", assembly))),
+                        "float_instructions": sorted(set(arithmetic)),
                     }
                 )
     json.dump({"triton": triton.__version__, "kernels": found}, sys.stdout)
