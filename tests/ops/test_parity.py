@@ -60,7 +60,7 @@ def test_threads(name, dtype, threads):
 def test_histogram_threads(threads):
     """Threads get histograms of their own only when there is much to count."""
     stored, compute = DTYPES["bf16-in-f32"]
-    tensors = make_tensors(96 * BLOCK + 65, stored, count=2)
+    tensors = make_tensors("magnitude_histogram", 96 * BLOCK + 65, stored, count=2)
     for chosen, arguments in calls("magnitude_histogram", tensors, compute):
         compare(launch("magnitude_histogram", threads), "magnitude_histogram", chosen, arguments, compute)
 
