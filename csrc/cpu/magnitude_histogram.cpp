@@ -24,7 +24,32 @@ int64_t collect(const int32_t* bin, int64_t n, int32_t* hit) {
 }
 
 #if defined(__x86_64__)
-// The same, three times as fast; no compiler makes a compress of the loop above. Writes 16 entries at a time.
+// For each set of 8 lanes, as the bits of its number: the lanes in it, in order, one a byte.
+struct LaneLists {
+    uint64_t of[256] = {};
+    constexpr LaneLists() {
+        for (int set = 0; set < 256; ++set)
+            for (int lane = 7; lane >= 0; --lane)
+                if (set >> lane & 1) of[set] = of[set] << 8 | uint64_t(lane);
+    }
+};
+constexpr LaneLists kLanes;
+
+// The same with a table, because AVX2 has no compress; no compiler makes one of the loop above. Writes 8 entries at a
+// time.
+__attribute__((target("arch=x86-64-v3"))) int64_t collect_avx2(const int32_t* bin, int64_t n, int32_t* hit) {
+    int64_t hits = 0, j = 0;
+    for (; j + 8 <= n; j += 8) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bin + j));
+        const unsigned found = ~unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(v))) & 0xFFu;
+        const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kLanes.of[found])));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(hit + hits), _mm256_permutevar8x32_epi32(v, lanes));
+        hits += _mm_popcnt_u32(found);
+    }
+    return hits + collect(bin + j, n - j, hit + hits);
+}
+
+// The same with a compress. Writes 16 entries at a time.
 __attribute__((target("arch=x86-64-v4"))) int64_t collect_avx512(const int32_t* bin, int64_t n, int32_t* hit) {
     int64_t hits = 0, j = 0;
     for (; j + 16 <= n; j += 16) {
@@ -40,6 +65,7 @@ __attribute__((target("arch=x86-64-v4"))) int64_t collect_avx512(const int32_t* 
 int64_t collect_best(const int32_t* bin, int64_t n, int32_t* hit) {
 #if defined(__x86_64__)
     if (isa() == Isa::Avx512) return collect_avx512(bin, n, hit);
+    if (isa() == Isa::Avx2) return collect_avx2(bin, n, hit);
 #endif
     return collect(bin, n, hit);
 }
@@ -70,21 +96,20 @@ struct Body {
     static SEME_INLINE void count(const T* d, int64_t n, const Window<C> w, int64_t* counts) {
         Key key[kTile];
         int32_t bin[kTile], hit[kTile + 16];
-        Key passed = 0;
+        Key passed = 0, zeros = 0;
         for (int64_t j = 0; j < n; ++j) key[j] = C::key(d[j]);
-        for (int64_t j = 0; j < n; ++j) passed += w.passed(key[j]);
+        for (int64_t j = 0; j < n; ++j) {
+            passed += w.passed(key[j]);
+            zeros += key[j] == 0;
+            bin[j] = int32_t(w.bin(key[j])) | -int32_t(!w.holds(key[j]) | (key[j] == 0));
+        }
         counts[kBins] += passed;
+        if (w.lowest == 0) counts[0] += zeros;
         if (w.mask != 0) {
             Key mixed = 0;
             for (int64_t j = 0; j < n; ++j) mixed += w.holds(key[j]) & (w.rest(key[j]) != 0);
             counts[kBins + 1] += mixed;
         }
-        if (w.lowest == 0) {
-            Key zeros = 0;
-            for (int64_t j = 0; j < n; ++j) zeros += key[j] == 0;
-            counts[0] += zeros;
-        }
-        for (int64_t j = 0; j < n; ++j) bin[j] = int32_t(w.bin(key[j])) | -int32_t(!w.holds(key[j]) | (key[j] == 0));
         const int64_t hits = collect_best(bin, n, hit);
         for (int64_t h = 0; h < hits; ++h) ++counts[hit[h]];
     }
