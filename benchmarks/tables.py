@@ -55,7 +55,6 @@ def ops_table(data: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "merge-cpu": ("merge-cpu.json", merge_table),
     "merge-cpu-short": ("merge-cpu.json", short_merge_table),
-    "merge-cpu-tmpfs": ("merge-cpu-tmpfs.json", merge_table),
     "ops-cpu": ("ops-cpu.json", ops_table),
 }
 

@@ -11,8 +11,8 @@ namespace seme::cpu {
 // d[0..n) = elements [at, at + n) of v, minus the base.
 template <class C>
 SEME_INLINE void load_delta(const View& v, int64_t at, int64_t n, const typename C::T* base, typename C::T* d) {
-    load_tile<C>(v, at, n, d);
-    for (int64_t j = 0; j < n; ++j) d[j] = TaskVector<C>::delta(d[j], base[j]);
+    using T = typename C::T;
+    load_each<C>(v, at, n, [=](int64_t j, T x) SEME_LAMBDA { d[j] = TaskVector<C>::delta(x, base[j]); });
 }
 
 // base[0..n) += scale * s, the last step of a merge. The steps have a loop each: compilers do not hoist the

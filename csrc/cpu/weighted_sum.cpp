@@ -12,19 +12,20 @@ struct Body {
 
     static SEME_INLINE void run(const std::vector<View>* tensors, const double* weights, double divisor, View out,
                                 int64_t begin, int64_t end) {
-        T sum[kTile], x[kTile];
+        T sum[kTile];
         for (int64_t at = begin; at < end; at += kTile) {
             const int64_t n = std::min(kTile, end - at);
             for (size_t i = 0; i < tensors->size(); ++i) {
-                load_tile<C>((*tensors)[i], at, n, x);
                 const T w = T(weights[i]);
                 if (i == 0)
-                    for (int64_t j = 0; j < n; ++j) sum[j] = F::first(w, x[j]);
+                    load_each<C>((*tensors)[i], at, n, [&](int64_t j, T x) SEME_LAMBDA { sum[j] = F::first(w, x); });
                 else
-                    for (int64_t j = 0; j < n; ++j) sum[j] = F::add(sum[j], w, x[j]);
+                    load_each<C>((*tensors)[i], at, n,
+                                 [&](int64_t j, T x) SEME_LAMBDA { sum[j] = F::add(sum[j], w, x); });
             }
-            for (int64_t j = 0; j < n; ++j) sum[j] = F::finish(sum[j], T(divisor));
-            store_tile(sum, n, out, at);
+            const T d = T(divisor);
+            for (int64_t j = 0; j < n && d != T(1); ++j) sum[j] = sum[j] / d;
+            store_each(out, at, n, [&](int64_t j) SEME_LAMBDA { return F::finish(sum[j], T(1)); });
         }
     }
 };
