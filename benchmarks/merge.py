@@ -67,6 +67,7 @@ class Method:
         tuned: number of fine-tunes it reads.
         parameters: per fine-tune; a list holds one value for each.
         shared: parameters of the whole merge.
+        peer: mergekit has the method as well.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Method:
     tuned: int
     parameters: dict[str, Any]
     shared: dict[str, Any]
+    peer: bool = True
 
     def inputs(self, models: Sequence[Path]) -> list[Path]:
         """The folders it reads; ``models[0]`` is the base."""
@@ -103,6 +105,7 @@ METHODS = {
     # zero; at 0.2 the threshold lies among the changes.
     "ties": Method("ties", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.5}, shared={}),
     "ties_sparse": Method("ties", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.2}, shared={}),
+    "seme": Method("seme", base=True, tuned=3, parameters={}, shared={}, peer=False),
 }
 
 MERGEKIT_OPTIONS = ["--no-copy-tokenizer", "--quiet"]
@@ -530,14 +533,14 @@ def run_benchmarks(arguments: argparse.Namespace, scratch: Path) -> None:
         # mergekit knows architectures by their list of tensors, which a model of one tensor does not fit.
         peers = arguments.peers and size != "one-tensor"
         repeats = {"floor": arguments.repeats, "seme": arguments.repeats}
-        if peers:
-            repeats["mergekit"] = arguments.peer_repeats
+        with_peer = {**repeats, "mergekit": arguments.peer_repeats}
         tuned = max(METHODS[m].tuned for m in methods)
         if peers:
             # mergekit's warm-up: the same methods on a tiny model load its libraries and code.
             with checkpoints.checkpoints(scratch, "tiny", tuned, arguments.keep) as models:
                 for method in methods:
-                    Cell("tiny", method, models, scratch, arguments.threads).engine("mergekit")
+                    if METHODS[method].peer:
+                        Cell("tiny", method, models, scratch, arguments.threads).engine("mergekit")
         with checkpoints.checkpoints(scratch, size, tuned, arguments.keep) as models:
             os.sync()
             floor = None
@@ -546,7 +549,7 @@ def run_benchmarks(arguments: argparse.Namespace, scratch: Path) -> None:
                 if floor is None:
                     warm(cell.files)
                     floor = cell.best_floor()
-                measure(cell, floor, repeats, results)
+                measure(cell, floor, with_peer if peers and METHODS[method].peer else repeats, results)
     print(report([results.data["entries"][key] for key in keys]))
 
 

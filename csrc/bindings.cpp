@@ -40,6 +40,38 @@ static std::vector<View> views_of(const std::vector<PyView>& vs, int64_t n) {
     return views;
 }
 
+using PyMatrix = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int>;
+
+// address, rows, columns, elements from row to row, dtype code
+static seme::Matrix matrix_of(const PyMatrix& m) {
+    auto [address, rows, cols, stride, code] = m;
+    if (rows < 0 || cols < 0) throw std::invalid_argument("negative size");
+    if (rows > 1 && stride < cols) throw std::invalid_argument("rows overlap");
+    if (rows > 0 && cols > 0 && address == 0) throw std::invalid_argument("null address");
+    return {reinterpret_cast<void*>(address), rows, cols, stride, dtype_of(code)};
+}
+
+static void check_equal(int64_t found, int64_t expected, const char* what) {
+    if (found != expected)
+        throw std::invalid_argument(std::string(what) + " is " + std::to_string(found) + ", expected " +
+                                    std::to_string(expected));
+}
+
+static void check_shape(const seme::Matrix& m, int64_t rows, int64_t cols, const char* what) {
+    check_equal(m.rows, rows, (std::string("rows of ") + what).c_str());
+    check_equal(m.cols, cols, (std::string("columns of ") + what).c_str());
+}
+
+// A matrix of the working dtype of a matrix op.
+static seme::Matrix working(const PyMatrix& m, DType dtype) {
+    const seme::Matrix found = matrix_of(m);
+    if (found.dtype != dtype || (dtype != DType::F32 && dtype != DType::F64))
+        throw std::invalid_argument("working dtype expected");
+    return found;
+}
+
+static DType dtype_of(const PyMatrix& m) { return dtype_of(std::get<4>(m)); }
+
 static void check_count(size_t found, size_t expected, const char* what) {
     if (found != expected) throw std::invalid_argument(std::string(what) + ": one per tensor expected");
 }
@@ -173,6 +205,65 @@ static void trimmed_l1(const std::vector<PyView>& tensors, const Integers& thres
     seme::cpu::trimmed_l1(t, thresholds, tie_quotas, c, o, threads);
 }
 
+// What surrounds the products of the matrix ops.
+
+static void subtract(const PyMatrix& base, const PyMatrix& tensor, const PyMatrix& delta, int threads) {
+    const auto b = matrix_of(base), t = matrix_of(tensor), d = working(delta, dtype_of(delta));
+    check_shape(b, d.rows, d.cols, "base");
+    check_shape(t, d.rows, d.cols, "tensor");
+    py::gil_scoped_release release;
+    seme::cpu::subtract(b, t, d, threads);
+}
+
+static void add_scaled(const PyMatrix& base, const PyMatrix& delta, double scale, const PyMatrix& out, int threads) {
+    const auto b = matrix_of(base), d = working(delta, dtype_of(delta)), o = matrix_of(out);
+    check_shape(b, d.rows, d.cols, "base");
+    check_shape(o, d.rows, d.cols, "out");
+    py::gil_scoped_release release;
+    seme::cpu::add_scaled(b, d, scale, o, threads);
+}
+
+static void elect_select(const PyMatrix& z, int64_t experts, int64_t lowest, int shift, const PyView& tables,
+                         int threads) {
+    const auto m = working(z, dtype_of(z));
+    if (experts < 1 || m.rows % experts != 0) throw std::invalid_argument("z is not whole experts");
+    if (lowest < 0 || shift < 0 || shift > 47) throw std::invalid_argument("no window");
+    double* t = results_of<double>(tables, int64_t(threads) * (seme::kBins + 2) * (1 + experts));
+    py::gil_scoped_release release;
+    seme::cpu::elect_select(m, experts, lowest, shift, t, threads);
+}
+
+static void elect(const PyMatrix& z, int64_t threshold, const Reals& etas, int threads) {
+    const auto m = working(z, dtype_of(z));
+    if (etas.empty() || m.rows % int64_t(etas.size()) != 0) throw std::invalid_argument("z is not whole experts");
+    py::gil_scoped_release release;
+    seme::cpu::elect(m, threshold, etas, threads);
+}
+
+static void nearest(const PyMatrix& dots, int64_t first, const PyMatrix& scores, const PyView& labels, int threads) {
+    const auto d = working(dots, dtype_of(dots)), s = working(scores, d.dtype);
+    if (s.cols < 1 || s.cols > 64) throw std::invalid_argument("k is not 1 to 64");
+    check_equal(s.rows, d.rows, "rows of scores");
+    int64_t* l = results_of<int64_t>(labels, s.rows * s.cols);
+    py::gil_scoped_release release;
+    seme::cpu::nearest(d, first, s, l, threads);
+}
+
+static void erase(const PyMatrix& vectors, const PyMatrix& bases, const PyMatrix& scores, const PyView& labels,
+                  double dependent, const PyMatrix& residual, int threads) {
+    const auto v = matrix_of(vectors), b = matrix_of(bases), s = working(scores, dtype_of(scores));
+    const auto r = working(residual, s.dtype);
+    if (s.cols < 1 || s.cols > 64) throw std::invalid_argument("k is not 1 to 64");
+    check_equal(s.rows, v.rows, "rows of scores");
+    check_equal(b.cols, v.cols, "columns of bases");
+    check_shape(r, v.rows, v.cols, "residual");
+    int64_t* l = results_of<int64_t>(labels, s.rows * s.cols);
+    for (int64_t i = 0; i < s.rows * s.cols; ++i)
+        if (l[i] < 0 || l[i] >= b.rows) throw std::invalid_argument("a label is none of the bases");
+    py::gil_scoped_release release;
+    seme::cpu::erase(v, b, s, l, dependent, r, threads);
+}
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of seme";
     m.attr("BLOCK") = seme::kBlock;
@@ -189,4 +280,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("tie_counts", &tie_counts);
     m.def("ties", &ties);
     m.def("trimmed_l1", &trimmed_l1);
+    m.def("subtract", &subtract);
+    m.def("add_scaled", &add_scaled);
+    m.def("elect_select", &elect_select);
+    m.def("elect", &elect);
+    m.def("nearest", &nearest);
+    m.def("erase", &erase);
 }

@@ -18,6 +18,19 @@ struct View {
     DType dtype;
 };
 
+// Rows of contiguous elements, `stride` elements apart. Whoever makes a Matrix vouches for all of it.
+struct Matrix {
+    void* data;
+    int64_t rows, cols, stride;
+    DType dtype;
+
+    View row(int64_t i) const { return {static_cast<char*>(data) + i * stride * itemsize(dtype), cols, dtype}; }
+    template <class T>
+    T* at(int64_t i) const {
+        return static_cast<T*>(data) + i * stride;
+    }
+};
+
 // Reductions give one partial result per block of this many elements, so that their value depends on
 // neither the chunk size nor the number of threads. Chunks begin at a multiple of it.
 constexpr int64_t kBlock = 8192;
@@ -54,6 +67,32 @@ void ties(const std::vector<View>& tensors, const std::vector<double>& weights, 
 // out[blocks, n, 2]
 void trimmed_l1(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds,
                 const std::vector<int64_t>& tie_quotas, DType compute, double* out, int threads);
+
+// What surrounds the matrix products of the matrix ops (seme/ops/_matrix.py). Sums and products are float32, or float64
+// where an operand of the op is; matrices called z, dots, delta and residual are of that type.
+
+// delta = tensor - base
+void subtract(const Matrix& base, const Matrix& tensor, const Matrix& delta, int threads);
+
+// out = base + scale * delta, rounded once
+void add_scaled(const Matrix& base, const Matrix& delta, double scale, const Matrix& out, int threads);
+
+// z is [experts * rows, labels], the rows of one expert after those of another. Adds to tables[threads, kBins + 2,
+// 1 + experts]: how many positions have their key in the bin, and each expert's sum of z^2 there; then those beyond
+// the window; then how many keys are not the first of their bin.
+void elect_select(const Matrix& z, int64_t experts, int64_t lowest, int shift, double* tables, int threads);
+
+// The first expert's rows of z become the elected coordinates.
+void elect(const Matrix& z, int64_t threshold, const std::vector<double>& etas, int threads);
+
+// Keeps in scores[rows, k] and labels[rows, k] (-1: none yet) the k greatest magnitudes seen, in no order, of equal
+// ones those of the lowest label. The columns of dots are the labels from `first` on; calls come in rising order.
+void nearest(const Matrix& dots, int64_t first, const Matrix& scores, int64_t* labels, int threads);
+
+// Sorts labels[rows, k] by falling magnitude of the scores, which become the least squares coefficients on these rows
+// of `bases`, and gives what is left of the vectors.
+void erase(const Matrix& vectors, const Matrix& bases, const Matrix& scores, int64_t* labels, double dependent,
+           const Matrix& residual, int threads);
 
 }  // namespace cpu
 }  // namespace seme

@@ -9,11 +9,17 @@ float64 for "float64", else in float32.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
 # Before 3.6, tl.div_rn compiles to div.rn.ftz: subnormal numbers become zero on the GPU.
 _DIV_RN_FLUSHES = tl.constexpr(tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 6))
+
+
+# tl.dot of bfloat16 is wrong in the interpreter: there, operands are float32 numbers that bfloat16 can hold.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -129,3 +135,44 @@ def fold_lanes(lanes):
     lanes = tl.sum(tl.reshape(lanes, [2, 4]), axis=0)
     lanes = tl.sum(tl.reshape(lanes, [2, 2]), axis=0)
     return tl.sum(lanes, axis=0)
+
+
+@triton.jit
+def accumulator(M: tl.constexpr, N: tl.constexpr, OPERAND: tl.constexpr):
+    """Zeros [M, N] in the type that products of these operands are summed in."""
+    return tl.zeros([M, N], dtype=tl.float64 if OPERAND == "float64" else tl.float32)
+
+
+@triton.jit
+def operand(x, OPERAND: tl.constexpr):
+    """x, float32 (float64), as a matrix product takes it.
+
+    OPERAND: "bfloat16" and "tf32" (11 significant bits in a float32) round x to nearest even, for the tensor cores;
+    "float32" and "float64" leave it as it is, and so does "tf32x3", with which the tensor cores form three products
+    of the parts of float32 numbers. The products are summed in float32, in float64 for "float64".
+    """
+    if OPERAND == "bfloat16":
+        return round_to(x, "bfloat16") if _INTERPRETED else x.to(tl.bfloat16)
+    elif OPERAND == "tf32":
+        u = x.to(tl.uint32, bitcast=True)
+        rounded = (u + 0xFFF + ((u >> 13) & 1)) & 0xFFFFE000
+        return tl.where((u & 0x7F800000) == 0x7F800000, u, rounded).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def lost(x, taken):
+    """What :func:`operand` took away from x: x - taken, which is exact."""
+    return x - taken.to(tl.float32)
+
+
+@triton.jit
+def product(a, b, total, OPERAND: tl.constexpr):
+    """total + a @ b, for two operands."""
+    if OPERAND == "bfloat16":
+        return tl.dot(a, b, total)
+    elif OPERAND == "tf32" or OPERAND == "tf32x3":
+        return tl.dot(a, b, total, input_precision=OPERAND)
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")

@@ -1,9 +1,9 @@
-"""The per-tensor numbers of a call, where a kernel can read them."""
+"""What kernels look up: the per-tensor numbers of a call, and the shapes of their tiles per GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -20,3 +20,95 @@ def table(values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: t
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def strides(matrices: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The strides from row to row, and from column to column, of each matrix."""
+    return tuple(m.stride(0) for m in matrices), tuple(m.stride(1) for m in matrices)
+
+
+class Tiles(NamedTuple):
+    """How a matrix kernel is cut up: m x n results per program, k terms of the products per step."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, Any]:
+        """Block sizes and launch options, as a kernel takes them."""
+        return {
+            "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k,
+            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False,
+        }  # fmt: skip
+
+
+# By operand (see numeric.operand): what the accumulators leave of the registers, and of the shared memory of one
+# multiprocessor, 163 KiB on sm_80 and 227 KiB on sm_90. Chosen on paper; not yet tuned on a GPU.
+TILES = {
+    80: {
+        "bfloat16": Tiles(128, 128, 32, 8, 3),
+        "tf32": Tiles(128, 128, 32, 8, 3),
+        "float32": Tiles(64, 64, 32, 8, 2),
+        "float64": Tiles(64, 64, 16, 8, 2),
+    },
+    90: {
+        "bfloat16": Tiles(128, 128, 64, 8, 3),
+        "tf32": Tiles(128, 128, 32, 8, 3),
+        "float32": Tiles(64, 64, 32, 8, 2),
+        "float64": Tiles(64, 64, 16, 8, 2),
+    },
+}
+
+
+def tiles(operand: str, device: torch.device, results: int = 1) -> Tiles:
+    """The tiles for products of these operands on ``device``, if a program holds ``results`` tiles of sums at once.
+
+    A GPU that has no row of its own takes that of the greatest lesser compute capability, the interpreter the last.
+    """
+    import torch
+
+    capability = 90
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = max((c for c in TILES if c <= 10 * major + minor), default=min(TILES))
+    return shrink(TILES[capability][operand.removesuffix("x3")], results)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 where the interpreter runs."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def shrink(chosen: Tiles, results: int) -> Tiles:
+    """The same number of sums per program for ``results`` tiles at once: the longer side is halved until they fit."""
+    m, n = chosen.m, chosen.n
+    while results * m * n > chosen.m * chosen.n and max(m, n) > 16:
+        m, n = (m // 2, n) if m >= n else (m, n // 2)
+    return chosen._replace(m=m, n=n)
+
+
+def operand_of(models: Sequence[torch.Tensor], others: Sequence[torch.Tensor] = ()) -> str:
+    """The operands of the matrix products of an op, as ``numeric.operand`` knows them.
+
+    They follow the dtypes of the models (of what takes their place); `others` matter only if they are float64, and
+    are rounded to the operand if need be. bfloat16 for bfloat16; with float16 among the models TF32, which has its 11
+    significant bits: differences of fine-tuned float16 weights lie where float16 loses digits. float32 and float64
+    are kept.
+    """
+    import torch
+
+    dtypes = {t.dtype for t in models}
+    if torch.float64 in dtypes | {t.dtype for t in others}:
+        return "float64"
+    if torch.float32 in dtypes:
+        return "float32"
+    return "tf32" if torch.float16 in dtypes else "bfloat16"
+
+
+def precise(operand: str, precision: str) -> str:
+    """The operand for a precision of float32 products, "ieee" or "tf32x3"; others are as they are."""
+    return "tf32x3" if operand == "float32" and precision == "tf32x3" else operand

@@ -1,8 +1,8 @@
 """seme merges language models without data and without training.
 
-The public API: :func:`merge`, :func:`merge_state_dicts`, and the packages :mod:`seme.methods` and
-:mod:`seme.ops`. Importing it loads neither torch nor
-transformers; what a call needs is imported by the call.
+The public API: :func:`merge`, :func:`merge_state_dicts`, :class:`SemanticBases`, and the packages
+:mod:`seme.methods`, :mod:`seme.ops` and :mod:`seme.semantics`. Importing it loads neither torch nor transformers; what
+a call needs is imported by the call.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from seme.errors import SemeError
     from seme.merging import MergeResult, merge
+    from seme.semantics.bases import SemanticBases
     from seme.state_dicts import merge_state_dicts
 
 __version__ = "0.1.0"
-__all__ = ["MergeResult", "SemeError", "__version__", "merge", "merge_state_dicts"]
+__all__ = ["MergeResult", "SemanticBases", "SemeError", "__version__", "merge", "merge_state_dicts"]
 
 _HOME = {
     "MergeResult": "seme.merging",
+    "SemanticBases": "seme.semantics.bases",
     "SemeError": "seme.errors",
     "merge": "seme.merging",
     "merge_state_dicts": "seme.state_dicts",

@@ -1,4 +1,4 @@
-"""The command line: ``seme merge``, ``methods``, ``env``, ``demo``."""
+"""The command line: ``seme merge``, ``methods``, ``bases``, ``env``, ``demo``."""
 
 from __future__ import annotations
 
@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
 
     methods = command("methods", _methods, "list the merge methods, or explain one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
+
+    bases = command("bases", _bases, "compute and keep the semantic bases of a model, and say how well they resolve it")
+    bases.add_argument("model", metavar="MODEL", help="a model folder, or a repository on the hub")
+    bases.add_argument("--no-fold-norm", action="store_true", help="take the head without the gain of the final norm")
+    bases.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda[:N] (default: %(default)s)")
 
     command("env", _env, "versions, devices, which backends work and why others do not")
 
@@ -260,6 +265,14 @@ def _methods(args: argparse.Namespace) -> int:
         default = "required" if p.required else f"default {p.default}"
         scope = {"shared": "one value", "model": "per model", "expert": "per model, not the base"}[p.scope]
         print(f"  {p.name} ({p.kind.__name__}, {scope}, {default}): {p.doc}")
+    return 0
+
+
+def _bases(args: argparse.Namespace) -> int:
+    from seme.semantics.summary import as_text, collect
+
+    found = collect(args.model, fold_norm=not args.no_fold_norm, device=args.device)
+    print(json.dumps(found, indent=2) if args.json else as_text(found))
     return 0
 
 

@@ -1,7 +1,7 @@
 """The recipe: mergekit's YAML schema, read into frozen dataclasses, every mistake named by its path in the file.
 
 Supported keys: ``merge_method``, ``models``, ``base_model``, ``parameters``, ``dtype``, ``out_dtype``,
-``tokenizer_source``, ``compat``. A key that is not known is an error, with the nearest known one.
+``tokenizer_source``, ``compat``, ``roles``. A key that is not known is an error, with the nearest known one.
 
 A parameter value is a scalar, a gradient (a list of scalars, interpolated over the layers), or a list of
 ``{filter, value}`` conditions of which the first whose filter is part of the tensor's name holds.
@@ -16,16 +16,29 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
 from seme.checkpoint.hub import ModelRef, local_path
 from seme.dtypes import DType
 from seme.errors import ConfigError, brief
 
+if TYPE_CHECKING:
+    from seme.roles import Override
+
 Scalar = bool | int | float | str
 
-KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "compat")
+KEYS = (
+    "merge_method",
+    "models",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "compat",
+    "roles",
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,8 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """A recipe. ``source`` is its text, kept for the model card; ``compat`` is None or ``mergekit``."""
+    """A recipe. ``source`` is its text, kept for the model card; ``compat`` is None or ``mergekit``; ``roles`` overrule
+    what matrix methods take a tensor for."""
 
     merge_method: str
     models: tuple[ModelEntry, ...]
@@ -98,6 +112,7 @@ class MergeConfig:
     tokenizer_source: ModelRef | None
     compat: str | None
     source: str
+    roles: tuple[Override, ...] = ()
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -186,6 +201,8 @@ def _unique_loader() -> Any:
 
 
 def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
+    from seme.roles import parse  # which reports mistakes with suggest()
+
     _check_keys(data, KEYS, "")
     method = data.get("merge_method")
     if not isinstance(method, str):
@@ -212,6 +229,7 @@ def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
         tokenizer_source=_tokenizer(data.get("tokenizer_source"), base, models),
         compat=compat,
         source=source,
+        roles=parse(data.get("roles")),
     )
 
 

@@ -16,6 +16,7 @@ from seme.config import load
 from seme.dtypes import DType
 from seme.engine import Engine, Options, Progress, chunk_bytes
 from seme.errors import ConfigError
+from seme.matrix_engine import MatrixEngine
 from seme.plan import Plan
 from seme.report.card import model_card
 from seme.runtime import choose
@@ -103,11 +104,20 @@ def run(
     """Run a plan made for the folder ``out``; see :func:`merge`."""
     try:
         chosen, make_runtime = choose(backend, device, options.threads)
-        chunk_bytes(plan, options)
+        check_options(plan, options)
         with Writer(out.resolve(), plan.layout, overwrite) as writer:
-            _write_small_files(plan, writer, out.resolve().name)
-            engine = Engine(plan, writer, make_runtime, options)
-            engine.run(watch)
+            _write_small_files(plan, writer)
+            report = None
+            engine: Engine | MatrixEngine
+            if plan.method.matrix:
+                engine = MatrixEngine(plan, writer, chosen, device, options)
+                report = engine.run(watch)
+            else:
+                engine = Engine(plan, writer, make_runtime, options)
+                engine.run(watch)
+            if report is not None:
+                writer.json("merge_report.json", report)
+            writer.text("README.md", model_card(plan, out.resolve().name, report))
             writer.commit()
     finally:
         plan.close()
@@ -115,7 +125,19 @@ def run(
     return MergeResult(out, len(plan.tensors), done.read, done.written, time.monotonic() - done.started, chosen)
 
 
-def _write_small_files(plan: Plan, writer: Writer, name: str) -> None:
+def check_options(plan: Plan, options: Options) -> None:
+    """Refuse options that this plan cannot be run with.
+
+    Raises:
+        ConfigError: too little memory for the buffers, or NaN that would spread over whole matrices.
+    """
+    if not plan.method.matrix:
+        chunk_bytes(plan, options)
+    elif options.nonfinite == "keep":
+        raise ConfigError(f"nonfinite: keep: {plan.method.name} would spread a NaN over whole matrices; use zero")
+
+
+def _write_small_files(plan: Plan, writer: Writer) -> None:
     donor = plan.models[plan.donor].checkpoint.path
     writer.index()
     config = plan.models[plan.donor].checkpoint.config
@@ -130,7 +152,6 @@ def _write_small_files(plan: Plan, writer: Writer, name: str) -> None:
     for file in TOKENIZER_FILES:
         if (plan.tokenizer / file).exists():
             writer.copy(plan.tokenizer / file)
-    writer.text("README.md", model_card(plan, name))
     writer.text("seme_config.yml", plan.config.source.rstrip() + "\n")
 
 

@@ -6,10 +6,9 @@ the checkpoints themselves, in the order of the donor's files; there is no list 
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from seme.dtypes import DType
 from seme.errors import CheckpointError, ConfigError, TargetError
 from seme.methods import Group, Method, Param, get
 from seme.ops._op import Spec
+from seme.roles import TensorRole, latent, layer, layers, roles
 from seme.sizes import format_size
 
 HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "output.weight")
@@ -54,12 +54,16 @@ class TensorPlan:
         sources: where the tensor lies in each model.
         arguments: the method's parameters for this tensor; empty for a copy.
         copy: not floating point: copied, because all models hold the same bytes.
+        role: what the tensor is to the residual stream; None where the method does not ask.
+        rule: what a matrix method does with it; empty for other methods.
     """
 
     group: Group
     sources: tuple[Stored, ...]
     arguments: Mapping[str, Any]
     copy: bool
+    role: TensorRole | None = None
+    rule: str = ""
 
     @property
     def name(self) -> str:
@@ -160,8 +164,15 @@ def _plan(
         base = None
     notes: list[str] = []
     names = _tensor_names(models, donor, notes)
-    layers = _Layers(names)
-    tensors = tuple(_tensor(config, method, models, base, name, sources, layers) for name, sources in names.items())
+    depths = _Layers(names)
+    shapes = {name: sources[donor].shape for name, sources in names.items()}
+    found = roles(models[donor].checkpoint.config, shapes, config.roles) if method.matrix else {}
+    tensors = tuple(
+        _tensor(config, method, models, base, name, sources, depths, found.get(name)) for name, sources in names.items()
+    )
+    if method.uses_bases is not None and any(method.uses_bases(t.arguments) for t in tensors if not t.copy):
+        latent(models[donor].checkpoint.config, shapes, config.roles)
+    method.asks_for_whole({t.name: t.arguments for t in tensors if not t.copy})
     where = layout([(t.name, t.spec.dtype, t.spec.shape) for t in tensors], max_shard)
     if target is not None:
         _check_space(target, sum(where.sizes))
@@ -338,22 +349,15 @@ def _find(models: tuple[Model, ...], stored: list[dict[str, Stored]], donor: int
 class _Layers:
     """Relative depth of a tensor: layer / (layers - 1); 1 in a one-layer stack, 0 outside of the layers."""
 
-    _INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
-
-    def __init__(self, names: Mapping[str, Any]) -> None:
-        self._last: dict[str, int] = {}
-        for name in names:
-            match = self._INDEX.search(name)
-            if match:
-                stack = name[: match.start()]
-                self._last[stack] = max(self._last.get(stack, 0), int(match[1]))
+    def __init__(self, names: Iterable[str]) -> None:
+        self._count = layers(names)
 
     def depth(self, name: str) -> float:
-        match = self._INDEX.search(name)
-        if match is None:
+        found = layer(name)
+        if found is None:
             return 0.0
-        last = self._last[name[: match.start()]]
-        return int(match[1]) / last if last else 1.0
+        last = self._count[found[0]] - 1
+        return found[1] / last if last else 1.0
 
 
 def _tensor(
@@ -364,6 +368,7 @@ def _tensor(
     name: str,
     sources: tuple[Stored, ...],
     layers: _Layers,
+    role: TensorRole | None,
 ) -> TensorPlan:
     inputs = tuple(Spec(s.shape, s.dtype) for s in sources)
     merged = [s for s in sources if s.dtype.mergeable]
@@ -389,7 +394,10 @@ def _tensor(
                 )
                 for i in chosen
             ]
-    return TensorPlan(group, sources, arguments, copy=False)
+    if method.check is not None:
+        method.check(arguments)
+    rule = method.describe(role, inputs[0].shape, arguments) if role is not None and method.describe is not None else ""
+    return TensorPlan(group, sources, arguments, copy=False, role=role, rule=rule)
 
 
 def _lookup(param: Param, scopes: list[Mapping[str, Parameter]], name: str, layers: _Layers, where: str) -> Any:

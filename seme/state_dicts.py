@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 from seme import dtypes
 from seme.config import convert, suggest
 from seme.errors import ConfigError, SemeError, brief
-from seme.methods import Group, Method, Param, Pass, Reduced, get
+from seme.methods import Context, Group, Method, Param, Pass, Reduced, get
+from seme.methods._matrix import in_memory
 from seme.ops._op import Spec
+from seme.roles import TensorRole, roles
 
 if TYPE_CHECKING:
     import torch
+
+    from seme.semantics.bases import SemanticBases
 
     StateDict = Mapping[str, torch.Tensor]
 
@@ -28,6 +33,7 @@ def merge_state_dicts(
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
     threads: int = 0,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Merge state dicts (or modules) tensor by tensor; the inputs are not changed.
 
@@ -41,6 +47,8 @@ def merge_state_dicts(
         out_dtype: dtype of the result; default: ``dtype``, else the promoted dtype of the inputs.
         backend: auto, torch, cpu, triton or cuda.
         threads: CPU threads; 0 takes ``torch.get_num_threads()``.
+        config: contents of ``config.json``, which tells matrix methods what each tensor is to the residual stream;
+            default: that of the first module that has one, else names and shapes decide.
 
     Returns:
         The merged tensors in the order of the first model (of the base, if there is one). Tensors that are not
@@ -79,10 +87,55 @@ def merge_state_dicts(
         for name in [*first, *state]:
             if name not in state or name not in first:
                 raise SemeError(f"models[{model_id!r}]: tensor {name} is not in all models")
+    if found.check is not None:
+        found.check(arguments)
+    if found.asks_for_whole({"": arguments}):
+        raise ConfigError("parameters.rule: sequence runs the models; merge their folders with seme.merge")
+    matrix: dict[str, tuple[TensorRole, Context]] = {}
+    if found.matrix:
+        matrix = _latent_space(values, first, states[index or 0], config, backend, threads)
     return {
-        name: _merge_one(found, name, [s[name] for s in states], index, arguments, dtype, out_dtype, backend, threads)
+        name: _merge_one(
+            found,
+            name,
+            [s[name] for s in states],
+            index,
+            arguments,
+            dtype,
+            out_dtype,
+            backend,
+            threads,
+            matrix.get(name),
+        )
         for name in first
     }
+
+
+def _latent_space(
+    models: Sequence[Any],
+    first: StateDict,
+    base: StateDict,
+    config: Mapping[str, Any] | None,
+    backend: str,
+    threads: int,
+) -> dict[str, tuple[TensorRole, Context]]:
+    """Role of every tensor, and what the matrix methods may use: the semantic bases of the base model, made once."""
+    if config is None:
+        module: Any = next((m for m in models if hasattr(m, "config")), None)
+        config = module.config.to_dict() if module is not None else {}
+    shapes = {name: tuple(t.shape) for name, t in first.items()}
+
+    @functools.cache
+    def bases() -> SemanticBases:
+        from seme.roles import latent
+        from seme.semantics.bases import SemanticBases
+
+        space = latent(config or {}, shapes)
+        gain = base[space.final_norm].double() + space.norm_offset if space.final_norm else None
+        return SemanticBases.from_head(base[space.head], gain)
+
+    context = Context(backend, str(next(iter(first.values())).device) if first else "cpu", threads, bases=bases)
+    return {name: (role, context) for name, role in roles(config, shapes).items()}
 
 
 def _arguments(method: Method, parameters: Mapping[str, Any], ids: list[Hashable], base: int | None) -> dict[str, Any]:
@@ -132,6 +185,7 @@ def _merge_one(
     out_dtype: torch.dtype | None,
     backend: str,
     threads: int,
+    matrix: tuple[TensorRole, Context] | None,
 ) -> torch.Tensor:
     import torch
 
@@ -151,6 +205,9 @@ def _merge_one(
     group = Group(name, specs, base, compute, result)
     merged = torch.empty(specs[0].shape, dtype=result.to_torch(), device=tensors[0].device)
     if merged.numel() == 0:
+        return merged
+    if matrix is not None:
+        method.merge(in_memory(group, matrix[0], tensors, merged, matrix[1]), **arguments)
         return merged
     merge = method.merge(group, **arguments)
     pass_ = next(merge)

@@ -231,6 +231,69 @@ def test_methods(capsys):
     assert seme(capsys, "methods", "tis")[0] == 2
 
 
+@pytest.fixture
+def cache(here, monkeypatch):
+    monkeypatch.setenv("SEME_CACHE", str(here / "cache"))
+    return here / "cache" / "bases"
+
+
+def test_bases(capsys, cache):
+    code, out, err = seme(capsys, "bases", "a")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:7]] == ["model", "head", "bases", "rank", "condition", "norms", "time"]
+    for part in (
+        "lm_head.weight times model.norm.weight",
+        "17 labels in 8 dimensions, v/d = 2.1",
+        "8 of 8 (Cholesky)",
+        f"(cache: {cache}",
+    ):
+        assert part in out
+    assert [line.rsplit(maxsplit=2)[0].strip() for line in lines[9:]] == [
+        "random directions",
+        "rows of the head",
+        "rows of the embedding",
+        *(f"written by model.layers.{i}" for i in range(3)),
+    ]
+    assert all(0 < float(least) <= float(mean) <= 1 for *_, mean, least in map(str.split, lines[9:]))
+    assert f"(found in {cache}" in seme(capsys, "bases", "a")[1]
+
+
+def test_bases_as_json(capsys, here, cache):
+    tensors = decoder(1)
+    tensors["lm_head.weight"][[3, 9]] = 0
+    write(here / "a", tensors)
+    first = json.loads(seme(capsys, "bases", "a", "--json")[1])
+    assert (first["source"], first["rank"], first["labels"], first["width"]) == ("computed", 8, 17, 8)
+    assert first["zero_labels"] == {"count": 2, "first": ["<3>", "<9>"]}
+    assert first["seconds"].keys() == {"bases", "frame"}
+    assert first["condition"] >= 1
+    plain = json.loads(seme(capsys, "bases", "a", "--json", "--no-fold-norm")[1])
+    assert (plain["source"], plain["gain_folded"], first["gain_folded"]) == ("computed", None, "model.norm.weight")
+    assert plain["round_trip"] != first["round_trip"]
+    again = json.loads(seme(capsys, "bases", "a", "--json")[1])
+    assert again["source"] == "cache"
+    assert {k: v for k, v in again.items() if k not in ("source", "seconds")} == {
+        k: v for k, v in first.items() if k not in ("source", "seconds")
+    }
+
+
+def test_bases_of_what_is_no_model(capsys, here, cache):
+    lone = {name: x for name, x in decoder(1).items() if "embed" not in name and "lm_head" not in name}
+    write(here / "b", lone)
+    for model, options, message in (
+        ("./nowhere", (), "./nowhere: no such file or folder"),
+        ("cache", (), "cache: no model.safetensors"),
+        ("b", (), "b: no LM head or embedding with rows of hidden_size 8"),
+        ("a", ("--device", "tpu"), "device tpu: expected cpu, cuda or cuda:N"),
+    ):
+        (here / "cache").mkdir(exist_ok=True)
+        code, out, err = seme(capsys, "bases", model, *options)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("seme: error: ")
+        assert message in err
+
+
 def test_interrupt_leaves_nothing(here):
     """SIGINT to a real process in the middle of a merge."""
     large = {"w": torch.zeros(150_000_000, dtype=torch.bfloat16)}

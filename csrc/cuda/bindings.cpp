@@ -159,6 +159,114 @@ static void trimmed_l1(const std::vector<PyView>& tensors, const std::vector<int
     seme::cuda::trimmed_l1(t, s, c, o, stream_of(stream));
 }
 
+// The rows, columns and labels of a matrix op.
+static seme::cuda::Shape shape_of(const std::tuple<int64_t, int64_t, int64_t>& sizes) {
+    auto [rows, columns, labels] = sizes;
+    if (rows < 0 || columns < 0 || labels < 0) throw std::invalid_argument("negative size");
+    return {rows, columns, labels};
+}
+
+using PyShape = std::tuple<int64_t, int64_t, int64_t>;
+
+static View matrix_view(const PyView& v, int64_t rows, int64_t columns, const char* what) {
+    View view = view_of(v);
+    check_count(view.n, rows * columns, what);
+    return view;
+}
+
+static std::vector<View> experts_of(const std::vector<PyView>& tensors, const seme::cuda::Shape& shape) {
+    auto t = views_of(tensors);
+    check_count(t[0].n, shape.rows * shape.columns, "elements of a tensor");
+    if (t.size() < 2) throw std::invalid_argument("no experts");
+    if (t.size() - 1 > size_t(seme::cuda::kMaxExperts))
+        throw std::invalid_argument("the CUDA kernels of elect take at most " +
+                                    std::to_string(seme::cuda::kMaxExperts) + " experts, got " +
+                                    std::to_string(t.size() - 1) + "; use the backend triton");
+    return t;
+}
+
+static void check_k(int k, const seme::cuda::Shape& shape) {
+    if (k < 1 || k > 64 || k > shape.labels) throw std::invalid_argument("k is 1 to 64, and at most the labels");
+}
+
+static void squared_norms(const std::vector<PyView>& tensors, const PyShape& sizes, const PyView& norms,
+                          const PyStream& stream) {
+    auto shape = shape_of(sizes);
+    auto t = experts_of(tensors, shape);
+    auto* o = numbers<double>(norms, int64_t(t.size() - 1) * shape.rows, "elements of norms");
+    py::gil_scoped_release release;
+    seme::cuda::squared_norms(t, shape, o, stream_of(stream));
+}
+
+static void elect_select(const std::vector<PyView>& tensors, const PyView& bases, const PyShape& sizes, int64_t lowest,
+                         int shift, const PyView& per_unit, const PyView& counts, const PyView& energies,
+                         const PyStream& stream) {
+    auto shape = shape_of(sizes);
+    auto t = experts_of(tensors, shape);
+    const int64_t n = int64_t(t.size()) - 1;
+    View s = matrix_view(bases, shape.labels, shape.columns, "elements of bases");
+    if (lowest < 0 || lowest > 0x7FFFFFFF || shift < 0 || shift > 15)
+        throw std::invalid_argument("lowest 0..2^31-1 and shift 0..15 expected");
+    auto* units = numbers<const double>(per_unit, n, "elements of per_unit");
+    auto* c = numbers<int64_t>(counts, 65538, "elements of counts");
+    auto* e = numbers<int64_t>(energies, n * 65537, "elements of energies");
+    py::gil_scoped_release release;
+    seme::cuda::elect_select(t, s, shape, lowest, shift, units, c, e, stream_of(stream));
+}
+
+static void elect_combine(const std::vector<PyView>& tensors, const PyView& bases, const PyShape& sizes,
+                          int64_t threshold, const std::vector<double>& etas, const PyView& combined, int64_t pitch,
+                          const PyStream& stream) {
+    auto shape = shape_of(sizes);
+    auto t = experts_of(tensors, shape);
+    View s = matrix_view(bases, shape.labels, shape.columns, "elements of bases");
+    View c = matrix_view(combined, shape.rows, pitch, "elements of combined");
+    check_count(int64_t(etas.size()), int64_t(t.size()) - 1, "etas");
+    if (pitch < shape.labels) throw std::invalid_argument("pitch is smaller than the number of labels");
+    if (threshold < 0 || threshold > 0x7FFFFFFF) throw std::invalid_argument("threshold 0..2^31-1 expected");
+    py::gil_scoped_release release;
+    seme::cuda::elect_combine(t, s, shape, threshold, etas, c, pitch, stream_of(stream));
+}
+
+static void elect_recompose(const PyView& base, const PyView& combined, int64_t pitch, const PyView& dual,
+                            const PyShape& sizes, double scale, const PyView& out, const PyStream& stream) {
+    auto shape = shape_of(sizes);
+    View b = matrix_view(base, shape.rows, shape.columns, "elements of base");
+    View c = matrix_view(combined, shape.rows, pitch, "elements of combined");
+    View d = matrix_view(dual, shape.labels, shape.columns, "elements of dual");
+    View o = matrix_view(out, shape.rows, shape.columns, "elements of out");
+    if (pitch < shape.labels) throw std::invalid_argument("pitch is smaller than the number of labels");
+    py::gil_scoped_release release;
+    seme::cuda::elect_recompose(b, c, pitch, d, shape, scale, o, stream_of(stream));
+}
+
+static void resolve_select(const PyView& vectors, const PyView& bases, const PyShape& sizes, int k, int64_t ranges,
+                           const PyView& best, const PyStream& stream) {
+    auto shape = shape_of(sizes);
+    check_k(k, shape);
+    View h = matrix_view(vectors, shape.rows, shape.columns, "elements of vectors");
+    View s = matrix_view(bases, shape.labels, shape.columns, "elements of bases");
+    if (ranges < 1 || ranges > 65535) throw std::invalid_argument("ranges 1..65535 expected");
+    if (shape.labels >= int64_t(0xFFFFFFFF)) throw std::invalid_argument("fewer than 2^32 - 1 labels expected");
+    auto* o = numbers<int64_t>(best, shape.rows * ranges * k, "elements of best");
+    py::gil_scoped_release release;
+    seme::cuda::resolve_select(h, s, shape, k, ranges, o, stream_of(stream));
+}
+
+static void resolve_erase(const PyView& vectors, const PyView& bases, const PyShape& sizes, const PyView& labels, int k,
+                          double dependent, const PyView& coefficients, const PyView& residual,
+                          const PyStream& stream) {
+    auto shape = shape_of(sizes);
+    check_k(k, shape);
+    View h = matrix_view(vectors, shape.rows, shape.columns, "elements of vectors");
+    View s = matrix_view(bases, shape.labels, shape.columns, "elements of bases");
+    auto* l = numbers<const int64_t>(labels, shape.rows * k, "elements of labels");
+    View c = matrix_view(coefficients, shape.rows, k, "elements of coefficients");
+    View r = matrix_view(residual, shape.rows, shape.columns, "elements of residual");
+    py::gil_scoped_release release;
+    seme::cuda::resolve_erase(h, s, shape, l, k, dependent, c, r, stream_of(stream));
+}
+
 static void nonfinite(const std::vector<PyView>& tensors, const PyView& out, const PyStream& stream) {
     auto t = views_of(tensors);
     auto* o = numbers<int64_t>(out, int64_t(t.size()), "elements of out");
@@ -171,6 +279,7 @@ PYBIND11_MODULE(_C_cuda, m) {
     m.attr("BLOCK") = seme::kBlock;
     m.attr("TILE") = seme::cuda::kTile;
     m.attr("MAX_TENSORS") = seme::cuda::kMaxTensors;
+    m.attr("MAX_EXPERTS") = seme::cuda::kMaxExperts;
     m.def("weighted_sum", &weighted_sum);
     m.def("task_vector_sum", &task_vector_sum);
     m.def("inner_products", &inner_products);
@@ -179,4 +288,10 @@ PYBIND11_MODULE(_C_cuda, m) {
     m.def("ties", &ties);
     m.def("trimmed_l1", &trimmed_l1);
     m.def("nonfinite", &nonfinite);
+    m.def("squared_norms", &squared_norms);
+    m.def("elect_select", &elect_select);
+    m.def("elect_combine", &elect_combine);
+    m.def("elect_recompose", &elect_recompose);
+    m.def("resolve_select", &resolve_select);
+    m.def("resolve_erase", &resolve_erase);
 }

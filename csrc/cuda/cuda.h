@@ -49,6 +49,37 @@ void ties(const std::vector<View>& tensors, const std::vector<double>& weights, 
 void trimmed_l1(const std::vector<View>& tensors, const Selection& selection, DType compute, double* out,
                 Stream stream);
 
+// Matrix ops. Row-major matrices: models and vectors [rows, columns], bases and dual frame [labels, columns].
+struct Shape {
+    int64_t rows, columns, labels;
+};
+
+constexpr int kMaxExperts = 8;  // whose sums a thread holds at once
+
+// norms: [n, rows], the squared norms of the rows of tensors[1 + i] - tensors[0].
+void squared_norms(const std::vector<View>& tensors, Shape shape, double* norms, Stream stream);
+
+// Adds to counts: [65538], and energies: [n, 65537], in units of 1 / per_unit[i].
+void elect_select(const std::vector<View>& tensors, const View& bases, Shape shape, int64_t lowest, int shift,
+                  const double* per_unit, int64_t* counts, int64_t* energies, Stream stream);
+
+// combined: [rows, pitch], of which `labels` columns are written; its dtype says what the products are done in:
+// BF16 if all tensors are BF16, F64 if an operand is.
+void elect_combine(const std::vector<View>& tensors, const View& bases, Shape shape, int64_t threshold,
+                   const std::vector<double>& etas, const View& combined, int64_t pitch, Stream stream);
+
+// out = base + scale * combined dual
+void elect_recompose(const View& base, const View& combined, int64_t pitch, const View& dual, Shape shape, double scale,
+                     View out, Stream stream);
+
+// best: [rows, ranges, k] candidates, each the key of |score| above the complement of the label, in 32 bits each.
+void resolve_select(const View& vectors, const View& bases, Shape shape, int k, int64_t ranges, int64_t* best,
+                    Stream stream);
+
+// labels, coefficients: [rows, k].
+void resolve_erase(const View& vectors, const View& bases, Shape shape, const int64_t* labels, int k, double dependent,
+                   const View& coefficients, const View& residual, Stream stream);
+
 // Adds to counts: [n].
 void nonfinite(const std::vector<View>& tensors, int64_t* counts, Stream stream);
 

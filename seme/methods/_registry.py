@@ -6,16 +6,18 @@ import importlib
 import inspect
 import pkgutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 from seme.errors import ConfigError
 from seme.methods._passes import Merge
 
 if TYPE_CHECKING:
     import torch
+
+    from seme.roles import TensorRole
 
 PerModel = Annotated[list[float], "model"]
 """A float for every input, the base included."""
@@ -24,6 +26,7 @@ PerExpert = Annotated[list[float], "expert"]
 """A float for every input but the base."""
 
 Scope = Literal["shared", "model", "expert"]
+Function = TypeVar("Function", bound=Callable[..., "Merge | None"])
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,27 @@ class Method:
 
     Attributes:
         name: its name in recipes.
-        merge: the generator of passes; see :mod:`seme.methods._passes`.
+        merge: the generator of passes, see :mod:`seme.methods._passes`; of a matrix method a plain function on a
+            stack, see :mod:`seme.methods._matrix`.
         reference: the same in float64 torch, as the paper writes it.
         params: read from the signature of ``merge``.
         base: ``required``; or ``input``: a configured base model is one more input.
         min_inputs, max_inputs: how many models it takes, the base included; None: no limit.
         summary: first line of the docstring of its module.
         source: paper or page.
+        matrix: it works on whole matrices.
+        check: raises :class:`ConfigError` for arguments of one tensor that are out of range.
+        describe: (matrix methods) what is done with a tensor: ``describe(role, shape, arguments)``.
+        workspace: (matrix methods) bytes it holds for a tensor: ``workspace(role, shape, experts, arguments)``.
+        uses_bases: (matrix methods) whether arguments of a tensor ask for the base model's semantic bases.
+        whole: (matrix methods) merges all tensors together, where :attr:`asks_for_whole` says so of the arguments:
+            ``whole(checkpoints, arguments, emit, data_free) -> report``, the base's checkpoint first; see
+            :func:`seme.methods.seme.merge_whole`.
+        asks_for_whole: of the arguments of all tensors by name; raises :class:`ConfigError` if they contradict.
     """
 
     name: str
-    merge: Callable[..., Merge]
+    merge: Callable[..., Any]
     reference: Callable[..., torch.Tensor]
     params: tuple[Param, ...]
     base: Literal["required", "input"]
@@ -66,6 +79,13 @@ class Method:
     max_inputs: int | None
     summary: str
     source: str
+    matrix: bool = False
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    describe: Callable[[TensorRole, tuple[int, ...], Mapping[str, Any]], str] | None = None
+    workspace: Callable[[TensorRole, tuple[int, ...], int, Mapping[str, Any]], int] | None = None
+    uses_bases: Callable[[Mapping[str, Any]], bool] | None = None
+    whole: Callable[..., dict[str, Any]] | None = None
+    asks_for_whole: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda arguments: False
 
     def check_inputs(self, count: int) -> None:
         """:class:`ConfigError` if the method does not take that many models."""
@@ -126,19 +146,42 @@ def method(
     base: Literal["required", "input"] = "required",
     min_inputs: int = 1,
     max_inputs: int | None = None,
-) -> Callable[[Callable[..., Merge]], Callable[..., Merge]]:
-    """Register the decorated generator as a merge method. Its keyword parameters are the recipe's parameters.
+    matrix: bool = False,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+    describe: Callable[[TensorRole, tuple[int, ...], Mapping[str, Any]], str] | None = None,
+    workspace: Callable[[TensorRole, tuple[int, ...], int, Mapping[str, Any]], int] | None = None,
+    uses_bases: Callable[[Mapping[str, Any]], bool] | None = None,
+    whole: Callable[..., dict[str, Any]] | None = None,
+    asks_for_whole: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda arguments: False,
+) -> Callable[[Function], Function]:
+    """Register the decorated generator (of a matrix method: function) as a merge method. Its keyword parameters are
+    the recipe's parameters; the other arguments are described at :class:`Method`.
 
     A trailing underscore of a parameter's name is dropped in recipes (``lambda_`` is ``lambda``).
     """
 
-    def register(function: Callable[..., Merge]) -> Callable[..., Merge]:
+    def register(function: Function) -> Function:
         if name in _METHODS:
             raise ConfigError(f"merge method {name!r} is registered twice")
         module = inspect.getmodule(function)
         summary = inspect.cleandoc((module.__doc__ if module else None) or "").partition("\n")[0]
         _METHODS[name] = Method(
-            name, function, reference, _params(function), base, min_inputs, max_inputs, summary, source
+            name,
+            function,
+            reference,
+            _params(function),
+            base,
+            min_inputs,
+            max_inputs,
+            summary,
+            source,
+            matrix,
+            check,
+            describe,
+            workspace,
+            uses_bases,
+            whole,
+            asks_for_whole,
         )
         return function
 

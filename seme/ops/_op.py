@@ -71,6 +71,16 @@ class Op:
     ordered: bool = False
 
     @property
+    def operand_names(self) -> tuple[str, ...]:
+        """Its tensors, as they are called in the schema."""
+        return ("base", "tensors") if self.has_base else ("tensors",)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The name of its result."""
+        return ("out",)
+
+    @property
     def schema(self) -> str:
         """Schema of the functional variant; the ``.out`` variant has ``Tensor(a!) out`` and returns nothing."""
         tensors = "Tensor base, Tensor[] tensors" if self.has_base else "Tensor[] tensors"

@@ -1,6 +1,7 @@
-"""The CUDA C++ kernels: one function per op, ``launch(flat_tensors, flat_out, **params)``, named as the op.
+"""The CUDA C++ kernels: one function per op, named as the op, with the arguments of the Triton kernel's ``launch``.
 
-They take contiguous tensors of the current CUDA device, and work on its current stream.
+They take tensors of the current CUDA device, and work on its current stream. Those of the element-wise ops are flat
+and contiguous; of those of the matrix ops contiguous copies are made where they are not.
 """
 
 from __future__ import annotations
@@ -119,6 +120,119 @@ def trimmed_l1(
 def nonfinite(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     """Adds to ``out``, int64 [n]; ``csrc/cuda/nonfinite.cu``."""
     _call("nonfinite", tensors, out)
+
+
+def elect_select(
+    base: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    bases: torch.Tensor,
+    counts: torch.Tensor,
+    energies: torch.Tensor,
+    *,
+    lowest: int,
+    shift: int,
+) -> None:
+    """Adds to ``counts`` and ``energies``; ``csrc/cuda/elect.cu``, which adds energies up in fixed point.
+
+    One unit is at most 2^-60 of what a sum can reach, ``||T_m||_F^2 ||S||_F^2``; NaN if that is not finite.
+    """
+    import torch
+
+    every, shape = _contiguous(base, *tensors), (*base.shape, bases.shape[0])
+    norms = torch.empty(len(tensors), base.shape[0], dtype=torch.float64, device=base.device)
+    _matrix("squared_norms", every, shape, norms)
+    reach = norms.sum(1) * torch.linalg.vector_norm(bases, dtype=torch.float64) ** 2
+    unit = torch.where(reach > 0, torch.exp2(reach.log2().ceil() - 61), 1.0)
+    unit = torch.where(reach.isfinite(), unit, torch.nan)
+    added, fixed = torch.zeros_like(counts), counts.new_zeros(energies.shape)
+    _matrix("elect_select", every, bases.contiguous(), shape, lowest, shift, 1 / unit, added, fixed)
+    counts += added
+    energies += fixed * unit[:, None]
+
+
+def elect(
+    base: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    bases: torch.Tensor,
+    dual: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    threshold: int,
+    etas: Sequence[float],
+    scale: float,
+    workspace: int = 128 << 20,
+) -> None:
+    """Writes ``out``; ``csrc/cuda/elect.cu``. Combined coordinates of about ``workspace`` bytes are held at once."""
+    import torch
+
+    every, labels = _contiguous(base, *tensors), bases.shape[0]
+    bases, dual = _contiguous(bases, dual)
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    dtypes_ = {t.dtype for t in every}
+    stored = torch.bfloat16 if dtypes_ == {torch.bfloat16} else torch.float32
+    if torch.float64 in dtypes_ | {bases.dtype, dual.dtype}:
+        stored = torch.float64
+    pitch = -(-labels // 8) * 8  # rows that begin at a multiple of 16 bytes
+    lines = max(1, workspace // (64 * max(pitch, 1) * stored.itemsize)) * 64
+    combined = torch.empty(min(lines, base.shape[0]), pitch, dtype=stored, device=out.device)
+    for begin in range(0, base.shape[0], lines):
+        part = [t[begin : begin + lines] for t in every]
+        held, shape = combined[: part[0].shape[0]], (*part[0].shape, labels)
+        _matrix("elect_combine", part, bases, shape, threshold, etas, held, pitch)
+        _matrix("elect_recompose", part[0], held, pitch, dual, shape, scale, target[begin : begin + lines])
+    if target is not out:
+        out.copy_(target)
+
+
+def resolve(
+    vectors: torch.Tensor,
+    bases: torch.Tensor,
+    labels: torch.Tensor,
+    coefficients: torch.Tensor,
+    residual: torch.Tensor,
+    *,
+    k: int,
+    dependent: float,
+    ranges: int | None = None,
+) -> None:
+    """Writes ``labels``, ``coefficients`` and ``residual``; ``csrc/cuda/resolve.cu``.
+
+    The labels are cut into ``ranges`` parts that are searched at the same time, by default as many as fill the GPU.
+    """
+    import torch
+
+    count, vocabulary = vectors.shape[0], bases.shape[0]
+    if count == 0:
+        return
+    vectors, bases = _contiguous(vectors, bases)
+    shape = (*vectors.shape, vocabulary)
+    if ranges is None:
+        processors = torch.cuda.get_device_properties(vectors.device).multi_processor_count
+        ranges = max(1, min(-(-vocabulary // 64), 2 * processors // -(-count // 64)))
+    best = torch.empty(count, ranges, k, dtype=torch.int64, device=vectors.device)
+    _matrix("resolve_select", vectors, bases, shape, k, ranges, best)
+    found = 0xFFFFFFFF - (best.view(count, -1).topk(k).values & 0xFFFFFFFF)
+    solved = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (coefficients, residual)]
+    _matrix("resolve_erase", vectors, bases, shape, found, k, dependent, *solved)
+    for out, value in zip((labels, coefficients, residual), (found, *solved)):
+        out.copy_(value)
+
+
+def _contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
+def _matrix(kernel: str, *arguments: Any) -> None:
+    """``kernel(*arguments, stream)`` of the compiled module, tensors and lists of them as the module takes them."""
+    import torch
+
+    def raw(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return _raw(value)
+        is_list = isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
+        return [_raw(t) for t in value] if is_list else value
+
+    getattr(native.module("_C_cuda"), kernel)(*map(raw, arguments), _stream())
 
 
 def _block_ties(

@@ -12,8 +12,9 @@ import torch
 
 from seme import dtypes
 from seme.errors import OpError
+from seme.ops._matrix import MatrixOp
 from seme.ops._op import Op, Params, Spec
-from seme.ops._registry import OPS
+from seme.ops._registry import MATRIX_OPS, OPS
 
 _library = torch.library.Library("seme", "DEF")
 
@@ -30,42 +31,65 @@ def _spec(tensor: torch.Tensor) -> Spec:
 class _Call:
     """The arguments of one dispatcher call, bound to their names, checked."""
 
-    def __init__(self, op: Op, names: list[str], defaults: dict[str, Any], args: Any, kwargs: Any) -> None:
-        bound = {**defaults, **dict(zip(names, args)), **kwargs}
+    def __init__(self, op: Op | MatrixOp, bound: dict[str, Any]) -> None:
+        self.op = op
         self.backend: str = bound.pop("backend")
         self.threads: int = bound.pop("threads")
-        self.out: torch.Tensor | None = bound.pop("out", None)
-        base = [bound.pop("base")] if op.has_base else []
-        self.tensors: list[torch.Tensor] = base + list(bound.pop("tensors"))
-        devices = {t.device for t in self.tensors} | ({self.out.device} if self.out is not None else set())
-        if len(devices) > 1:
-            raise OpError(f"{op.name}: tensors on {' and '.join(sorted(map(str, devices)))}; one device expected")
+        self.operands = [bound.pop(name) for name in op.operand_names]
+        self.outs = [bound.pop(name) for name in op.results if name in bound]
+        tensors = _flat(self.operands) + self.outs
+        if len({t.device for t in tensors}) > 1:
+            devices = " and ".join(sorted({str(t.device) for t in tensors}))
+            raise OpError(f"{op.name}: tensors on {devices}; one device expected")
         for name in ("compute_dtype", "out_dtype"):
             if isinstance(bound.get(name), torch.dtype):
                 bound[name] = dtypes.from_torch(bound[name])
-        self.specs = [_spec(t) for t in self.tensors]
-        if self.out is not None and "out_dtype" in bound:
-            bound["out_dtype"] = dtypes.from_torch(self.out.dtype)
-        self.params: Params = op.check(self.specs, **bound)
-        self.result = op.result(self.specs, self.params)
+        if self.outs and "out_dtype" in bound:
+            bound["out_dtype"] = dtypes.from_torch(self.outs[0].dtype)
+        self.params: Params
+        self.results: tuple[Spec, ...]
+        if isinstance(op, MatrixOp):
+            specs = [[_spec(t) for t in o] if isinstance(o, list) else _spec(o) for o in self.operands]
+            self.params, self.results = op.check(*specs, **bound)
+        else:
+            flat = [_spec(t) for t in _flat(self.operands)]
+            self.params = op.check(flat, **bound)
+            self.results = (op.result(flat, self.params),)
         self.params.pop("out_dtype", None)
-        if self.out is not None and _spec(self.out) != self.result:
-            found = _spec(self.out)
-            raise OpError(
-                f"{op.name}: out is {list(found.shape)} {found.dtype}, "
-                f"expected {list(self.result.shape)} {self.result.dtype}"
-            )
+        for name, out, expected in zip(op.results, self.outs, self.results):
+            found = _spec(out)
+            if found != expected:
+                raise OpError(
+                    f"{op.name}: {name} is {list(found.shape)} {found.dtype}, "
+                    f"expected {list(expected.shape)} {expected.dtype}"
+                )
 
-    def allocate(self, op: Op) -> torch.Tensor:
-        new = torch.zeros if op.accumulates else torch.empty
-        device = self.tensors[0].device
-        return new(self.result.shape, dtype=self.result.dtype.to_torch(), device=device)
+    def allocate(self) -> None:
+        new = torch.zeros if self.op.accumulates else torch.empty
+        device = _flat(self.operands)[0].device
+        self.outs = [new(spec.shape, dtype=spec.dtype.to_torch(), device=device) for spec in self.results]
+
+    def run(self) -> None:
+        if isinstance(self.op, MatrixOp):
+            self.op.run(self.operands, self.outs, self.backend, self.threads, self.params)
+        else:
+            self.op.run(_flat(self.operands), self.outs[0], self.backend, self.threads, self.params)
+
+    def returned(self) -> Any:
+        return self.outs[0] if len(self.outs) == 1 else tuple(self.outs)
 
 
-def _register(op: Op) -> None:
-    _library.define(f"{op.name}({op.schema}) -> Tensor")
+def _flat(operands: list[Any]) -> list[torch.Tensor]:
+    return [t for o in operands for t in (o if isinstance(o, list) else [o])]
+
+
+def _register(op: Op | MatrixOp) -> None:
+    returns = ["Tensor"] * len(op.results)
+    _library.define(f"{op.name}({op.schema}) -> {returns[0] if len(returns) == 1 else '(' + ', '.join(returns) + ')'}")
     # An out variant's dtype is that of `out`, so it takes no out_dtype.
-    _library.define(f"{op.name}.out({op.schema.replace('ScalarType? out_dtype=None, ', '')}, Tensor(a!) out) -> ()")
+    outs = ", ".join(f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(op.results))
+    taken = op.schema.replace("ScalarType? out_dtype=None, ", "")
+    _library.define(f"{op.name}.out({taken}, {outs}) -> ()")
     overloads = {"": getattr(torch.ops.seme, op.name).default, ".out": getattr(torch.ops.seme, op.name).out}
     for suffix, overload in overloads.items():
         arguments = overload._schema.arguments
@@ -76,29 +100,26 @@ def _register(op: Op) -> None:
                 defaults["out_dtype"] = None
 
             def out_impl(*args: Any, names: Any = names, defaults: Any = defaults, **kwargs: Any) -> None:
-                call = _Call(op, names, defaults, args, kwargs)
-                assert call.out is not None
-                op.run(call.tensors, call.out, call.backend, call.threads, call.params)
+                _Call(op, {**defaults, **dict(zip(names, args)), **kwargs}).run()
 
             def out_fake(*args: Any, names: Any = names, defaults: Any = defaults, **kwargs: Any) -> None:
-                _Call(op, names, defaults, args, kwargs)
+                _Call(op, {**defaults, **dict(zip(names, args)), **kwargs})
 
             impl, fake = out_impl, out_fake
         else:
 
-            def functional(*args: Any, names: Any = names, defaults: Any = defaults, **kwargs: Any) -> torch.Tensor:
-                call = _Call(op, names, defaults, args, kwargs)
-                out = call.allocate(op)
-                op.run(call.tensors, out, call.backend, call.threads, call.params)
-                return out
+            def functional(*args: Any, names: Any = names, defaults: Any = defaults, **kwargs: Any) -> Any:
+                call = _Call(op, {**defaults, **dict(zip(names, args)), **kwargs})
+                call.allocate()
+                call.run()
+                return call.returned()
 
-            def fake_functional(
-                *args: Any, names: Any = names, defaults: Any = defaults, **kwargs: Any
-            ) -> torch.Tensor:
-                call = _Call(op, names, defaults, args, kwargs)
-                return call.allocate(op)
+            def fake_functional(*args: Any, names: Any = names, defaults: Any = defaults, **kwargs: Any) -> Any:
+                call = _Call(op, {**defaults, **dict(zip(names, args)), **kwargs})
+                call.allocate()
+                return call.returned()
 
-            impl, fake = functional, fake_functional  # type: ignore[assignment]
+            impl, fake = functional, fake_functional
         for key in ("CPU", "CUDA"):
             _library.impl(op.name + suffix, impl, key)
         torch.library.register_fake(f"seme::{op.name}{suffix}", fake, lib=_library)
@@ -106,3 +127,5 @@ def _register(op: Op) -> None:
 
 for _op in OPS.values():
     _register(_op)
+for _matrix_op in MATRIX_OPS.values():
+    _register(_matrix_op)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seme import __version__
+from seme.report.merge_report import card_section
 
 if TYPE_CHECKING:
     from seme.plan import Plan
 
 
-def model_card(plan: Plan, name: str) -> str:
+def model_card(plan: Plan, name: str, report: dict[str, Any] | None = None) -> str:
     """The card's text: what was merged, how, with which recipe and version.
 
     Args:
         plan: the merge.
         name: name of the output folder, used as the title.
+        report: the merge report, if the method made one.
     """
     import yaml
 
@@ -40,5 +42,7 @@ def model_card(plan: Plan, name: str) -> str:
         lines += [f"Base model: `{base}`", ""]
     lines += ["## Models", ""]
     lines += [f"- `{m}`" for m in models]
-    lines += ["", "## Recipe", "", "```yaml", plan.config.source.strip(), "```", ""]
+    lines.append("")
+    lines += card_section(report) if report is not None else []
+    lines += ["## Recipe", "", "```yaml", plan.config.source.strip(), "```", ""]
     return "\n".join(lines)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from seme.engine import Options, buffer_memory, peak_memory
+from seme import engine, matrix_engine
+from seme.engine import Options
 from seme.sizes import format_size
 
 if TYPE_CHECKING:
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
 
 def plan_as_dict(plan: Plan, options: Options, backend: str, verbose: bool = False) -> dict[str, Any]:
     """Numbers and names of a plan; with ``verbose`` every tensor and its parameters."""
+    if plan.method.matrix:
+        buffers = matrix_engine.buffer_memory(plan, options)
+        peak = matrix_engine.peak_memory(plan, options)
+    else:
+        buffers = engine.buffer_memory(plan, options)
+        peak = engine.peak_memory(plan, options, backend)
     found: dict[str, Any] = {
         "method": plan.method.name,
         "models": [str(m.ref) for m in plan.models],
@@ -23,8 +30,8 @@ def plan_as_dict(plan: Plan, options: Options, backend: str, verbose: bool = Fal
         "copied_tensors": [t.name for t in plan.tensors if t.copy],
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "buffer_bytes": buffer_memory(plan, options),
-        "peak_memory_bytes": peak_memory(plan, options, backend),
+        "buffer_bytes": buffers,
+        "peak_memory_bytes": peak,
         "threads": options.threads,
         "backend": backend,
         "out_dtype": plan.out_dtype.name,
@@ -40,6 +47,7 @@ def plan_as_dict(plan: Plan, options: Options, backend: str, verbose: bool = Fal
                 "compute_dtype": t.group.compute_dtype.name,
                 "out_dtype": t.spec.dtype.name,
                 "parameters": {k.rstrip("_"): v for k, v in t.arguments.items()},
+                **({"role": str(t.role), "rule": t.rule} if t.role is not None else {}),
             }
             for t in plan.tensors
         ]
@@ -64,5 +72,6 @@ def plan_as_text(plan: Plan, options: Options, backend: str, verbose: bool = Fal
     lines += [f"note      {note}" for note in d["notes"]]
     for t in d.get("per_tensor", ()):
         parameters = " ".join(f"{k}={v}" for k, v in t["parameters"].items()) or "copy"
-        lines.append(f"  {t['name']} {t['shape']} {t['compute_dtype']}->{t['out_dtype']} {parameters}")
+        role = f"{t['role']}: {t['rule']}  " if t.get("rule") else ""
+        lines.append(f"  {t['name']} {t['shape']} {t['compute_dtype']}->{t['out_dtype']} {role}{parameters}")
     return "\n".join(lines)

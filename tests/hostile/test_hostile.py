@@ -113,9 +113,9 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
-    begin = time.monotonic()
+    begin = time.process_time()
     yield
-    assert time.monotonic() - begin < 20
+    assert time.process_time() - begin < 20
 
 
 def refused(path: Path, message: str, open_: Callable[[Path], Any] = Checkpoint) -> None:

@@ -5,17 +5,30 @@ A program of its own, because Triton decides at its import whether kernels are c
 
 import json
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import triton
 from seme.kernels import (
+    delta_gram,
+    delta_project,
+    elect,
+    elect_select,
     inner_products,
     magnitude_histogram,
     nonfinite,
+    project_erase,
+    resolve,
+    semantic_energy,
+    tables,
     task_vector_sum,
     tie_counts,
     ties,
     trimmed_l1,
+    weighted_gram,
     weighted_sum,
 )
 from triton.backends.compiler import GPUTarget
@@ -64,26 +77,129 @@ def compile_kernel(kernel, compute, tensors, integer, constants, warps, capabili
     )
 
 
+# Of the matrix kernels: the operand of their products, what the models are stored as, and everything else. Those that
+# do not depend on the generation of tensor cores are compiled for one.
+OPERANDS = {
+    "bfloat16": ("*bf16", "*fp32"),
+    "tf32": ("*fp16", "*fp32"),
+    "float32": ("*fp32", "*fp32"),
+    "float64": ("*fp64", "*fp64"),
+    "tf32x3": ("*fp32", "*fp32"),
+}
+ONLY = {"float32": 80, "float64": 80, "tf32": 90, "tf32x3": 90}
+MODELS = ("base", "tensor", "tensors", "vectors")
+NUMBERS = {"reals": "*fp64", "etas": "*fp64", "units": "*fp64", "parts": "*fp32"}
+NUMBERS |= dict.fromkeys(("listed", "count", "window", "thresholds", "counts", "energies", "lists", "labels"), "*i64")
+EXPERTS = 3
+
+
+def matrix_kernels(operand, capability):
+    """(name, kernel, constants, options) of the kernels with matrix products, as the launchers call them."""
+    chosen = tables.TILES[capability][operand.removesuffix("x3")]
+
+    def entry(name, kernel, results=1, **constants):
+        options = tables.shrink(chosen, results).options()
+        launched = {k: options.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
+        constants = {"OPERAND": operand, "MIRROR": True, **options, **constants}
+        return name, kernel, {k: v for k, v in constants.items() if k in kernel.arg_names}, launched
+
+    yield entry("semantic_energy", semantic_energy.semantic_energy_kernel)
+    if operand in ("float32", "float64", "tf32x3"):
+        yield entry("weighted_gram", weighted_gram.weighted_gram_kernel)
+    if operand == "tf32x3":
+        return
+    yield entry("delta_gram", delta_gram.delta_gram_kernel)
+    yield entry("delta_project", delta_project.delta_project_kernel)
+    yield entry("project_erase", project_erase.project_erase_kernel)
+    yield entry("elect_select", elect_select.elect_select_kernel, results=EXPERTS)
+    yield entry("elect", elect.elect_combine_kernel, results=EXPERTS)
+    yield entry("elect", elect.elect_recompose_kernel)
+    yield entry("resolve", resolve.resolve_select_kernel, results=2, K=8)
+    if operand == "float64":
+        yield entry("resolve", resolve.resolve_erase_kernel, K=16, BLOCK_K=32)
+        yield entry("elect_select", elect_select.squared_norm_kernel, BLOCK_M=8, BLOCK_N=256)
+
+
+def compile_matrix_kernel(kernel, operand, constants, launched, capability):
+    """One kernel on matrices whose columns lie side by side, and whose sizes are multiples of 16."""
+    model, other = OPERANDS[operand]
+    signature, values, attributes = {}, {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[at,] = "constexpr", constants[name]
+            continue
+        column = name.endswith(("_column", "column_strides", "_columns"))
+        pointer = name in MODELS or name in NUMBERS or name in ("matrix", "moment", "bases", "dual", "weights")
+        pointer = pointer or name in ("projections", "out", "combined", "coefficients", "residual")
+        kind = NUMBERS.get(name) or (model if name in MODELS else other)
+        if name == "combined":
+            kind = model if operand == "bfloat16" else other
+        kind = kind if pointer else "constexpr" if column else "i32"
+        length = {"tensors": EXPERTS + 1, "row_strides": EXPERTS + 1, "column_strides": EXPERTS + 1}.get(name)
+        length = EXPERTS if name.startswith("projection") else length
+        for place in [(at,)] if length is None else [(at, i) for i in range(length)]:
+            if kind == "constexpr":
+                values[place] = 1
+            else:
+                attributes[place] = [["tt.divisibility", 16]]
+        signature[name] = kind if length is None else (kind,) * length
+    return triton.compile(
+        ASTSource(kernel, signature, values, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=launched,
+    )
+
+
+def resources(cubin):
+    """Registers per thread, and bytes of its stack, from what the assembler left in the cubin."""
+    program = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.findall(rf"{name}:(\d+)", text)[0]) for name in ("REG", "STACK"))
+
+
+def describe(name, constants, compute, capability, compiled):
+    """What the tests ask about every kernel."""
+    assembly = compiled.asm["ptx"]
+    return {
+        "kernel": name,
+        "constants": constants,
+        "compute": compute,
+        "capability": capability,
+        "elf": compiled.asm["cubin"][:4] == b"\x7fELF",
+        "target": re.findall(r"\.target (\w+)", assembly)[0],
+    }
+
+
 def main() -> None:
-    found = []
+    element_wise, matrix = [], []
     for capability in map(int, sys.argv[1:]):
         for compute, tensors, integer in VARIANTS:
             for name, kernel, constants, warps in kernels():
                 compiled = compile_kernel(kernel, compute, tensors, integer, constants, warps, capability)
-                assembly = compiled.asm["ptx"]
-                arithmetic = re.findall(r"\b[a-z]+(?:\.[a-z]+)*\.f(?:16x2|16|32|64)\b", assembly)
-                found.append(
+                arithmetic = re.findall(r"\b[a-z]+(?:\.[a-z]+)*\.f(?:16x2|16|32|64)\b", compiled.asm["ptx"])
+                found = describe(name, constants, compute, capability, compiled)
+                element_wise.append({**found, "float_instructions": sorted(set(arithmetic))})
+        for operand in OPERANDS:
+            if ONLY.get(operand, capability) != capability:
+                continue
+            for name, kernel, constants, launched in matrix_kernels(operand, capability):
+                compiled = compile_matrix_kernel(kernel, operand, constants, launched, capability)
+                products = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\.[a-z0-9_.]+", compiled.asm["ptx"])
+                registers, stack = resources(compiled.asm["cubin"])
+                matrix.append(
                     {
-                        "kernel": name,
-                        "constants": constants,
-                        "compute": compute,
-                        "capability": capability,
-                        "elf": compiled.asm["cubin"][:4] == b"\x7fELF",
-                        "target": re.findall(r"\.target (\w+)", assembly)[0],
-                        "float_instructions": sorted(set(arithmetic)),
+                        **describe(name, constants, operand, capability, compiled),
+                        "function": kernel.__name__,
+                        "products": sorted(set(products)),
+                        "shared": compiled.metadata.shared,
+                        "registers": registers,
+                        "stack": stack,
                     }
                 )
-    json.dump({"triton": triton.__version__, "kernels": found}, sys.stdout)
+    json.dump({"triton": triton.__version__, "kernels": element_wise, "matrix": matrix}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
+#define SEME_MMA
 #define SEME_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulator::dynamic_shared)
 
 struct alignas(16) uint4 {
@@ -178,6 +179,10 @@ inline void __syncthreads() { emulator::wait_block(); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <class V>
+V __shfl_sync(unsigned, V value, int source) {
+    return emulator::exchange(value, [&](size_t first) { return emulator::slot<V>(first + size_t(source)); });
+}
+template <class V>
 V __shfl_up_sync(unsigned, V value, unsigned delta) {
     const size_t source = emulator::current % emulator::kWarp >= delta ? emulator::current - delta : emulator::current;
     return emulator::exchange(value, [&](size_t) { return emulator::slot<V>(source); });
@@ -208,4 +213,34 @@ V atomicAdd(V* p, V value) {
     V old = *p;
     *p += value;
     return old;
+}
+
+// mma.m16n8k16 of bfloat16 as the manual lays it out: lane 4g + t of a warp holds rows g and g + 8 of a, row g of b,
+// the entries 2t, 2t + 1, 2t + 8 and 2t + 9 of each, and columns 2t and 2t + 1 of c.
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    struct Fragments {
+        uint32_t a[4], b[2];
+    };
+    static Fragments warp[emulator::kWarp];
+    const size_t first = emulator::warp_first(), lane = emulator::current - first;
+    for (int i = 0; i < 4; ++i) warp[lane].a[i] = a[i];
+    for (int i = 0; i < 2; ++i) warp[lane].b[i] = b[i];
+    emulator::wait(first, first + emulator::kWarp, &emulator::Thread::warp_arrivals);
+    auto value = [](uint32_t word, size_t half) {
+        const uint32_t bits = (half ? word >> 16 : word) << 16;
+        float x;
+        __builtin_memcpy(&x, &bits, sizeof(x));
+        return x;
+    };
+    const size_t group = lane / 4, pair = lane % 4;
+    for (size_t i = 0; i < 4; ++i) {
+        const size_t row = group + i / 2 * 8, column = 2 * pair + i % 2;
+        for (size_t k = 0; k < 16; ++k) {
+            const size_t holder = k % 8 / 2;
+            const uint32_t left = warp[row % 8 * 4 + holder].a[k / 8 * 2 + row / 8];
+            const uint32_t right = warp[column * 4 + holder].b[k / 8];
+            c[i] += value(left, k % 2) * value(right, k % 2);
+        }
+    }
+    emulator::wait(first, first + emulator::kWarp, &emulator::Thread::warp_arrivals);
 }

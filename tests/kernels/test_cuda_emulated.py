@@ -3,61 +3,16 @@
 So their arithmetic, masks, order of summation and barriers are tested where there is no GPU.
 """
 
-import importlib.util
-import shutil
-import subprocess
-import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
 import pytest
 import torch
 
-from seme import dtypes, native
+from seme import dtypes
 from seme.ops import cuda
 from seme.ops._registry import OPS
 
 from .cases import DTYPES, calls, check_bits, compare, make_tensors
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-EMULATOR = Path(__file__).with_name("cuda_emulator.h")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory):
-    """seme.ops.cuda works on CPU tensors."""
-    compiler = shutil.which("g++")
-    if compiler is None or importlib.util.find_spec("pybind11") is None:
-        pytest.skip("g++ and pybind11 are needed")
-    import pybind11
-
-    folder = tmp_path_factory.mktemp("emulated")
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-include", EMULATOR]
-    flags += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-
-    def compile_one(source):
-        target = folder / f"{source.name}.o"
-        run([compiler, *flags, "-x", "c++", "-c", source, "-o", target])
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*SOURCES.glob("*.cu"), SOURCES / "bindings.cpp"]))
-    library = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    run([compiler, "-shared", *objects, "-o", library])
-    spec = importlib.util.spec_from_file_location("seme._C_cuda", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(native._loaded, "_C_cuda", module)
-        patch.setattr(cuda, "_stream", lambda: (0, 0))
-        yield module
-    sys.modules.pop("seme._C_cuda", None)
-
-
-def run(command):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,8 +15,20 @@ ARGUMENTS = {
     "task_arithmetic": [{"weight": [0.5, 0.25], "lambda": 0.5}, {"weight": [0.5, 0.25], "normalize": True}],
     "slerp": [{"t": 0.25}],
     "ties": [{"weight": [0.5, 0.25], "density": [0.25, 0.75]}, {"weight": [1.0, 1.0]}],
+    "seme": [{}, {"weight": [0.5, 2.0], "rho": 0.3, "lambda": 0.5}],
+    "tsv_m": [{}],
+    "iso_c": [{"weight": [0.5, 0.25]}],
 }
 CASES = [(name, case) for name, cases in ARGUMENTS.items() for case in cases]
+ELEMENTWISE = [(name, case) for name, case in CASES if not get(name).matrix]
+
+
+def tolerance(name):
+    """The inputs are below 2 and exact. A formula of an element has about ten operations, rounded to float32 each; a
+    matrix method has sums of 40 products and solves systems whose condition is some hundreds."""
+    return (1e4 if get(name).matrix else 40) * 2.0**-24
+
+
 BACKENDS = ("torch", "cpu", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []))
 
 
@@ -54,8 +66,7 @@ def test_every_method_has_a_case():
 def test_equals_its_reference(name, case, backend):
     tensors = inputs(name)
     found = run(name, tensors, case, backend=backend)
-    # The inputs are below 2 and exact; a formula has about ten operations, rounded to float32 each.
-    assert (found - reference(name, tensors, case)).abs().max() <= 10 * 4 * 2.0**-24
+    assert (found - reference(name, tensors, case)).abs().max() <= tolerance(name)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -72,7 +83,9 @@ def test_order_of_the_models_does_not_matter(name, case):
     order = [0, 2, 1] if first else [2, 0, 1]
     permuted = {k: [v[i - first] for i in order if i >= first] if isinstance(v, list) else v for k, v in case.items()}
     found = run(name, [tensors[i] for i in order], permuted)
-    assert (found - run(name, tensors, case)).abs().max() <= 4 * 4 * 2.0**-24  # another order of three additions
+    # Another order of three additions; in a matrix method of its sums as well.
+    limit = tolerance(name) if get(name).matrix else 16 * 2.0**-24
+    assert (found - run(name, tensors, case)).abs().max() <= limit
 
 
 def test_slerp_from_the_other_end():
@@ -87,7 +100,7 @@ def test_empty_and_scalar_tensors(name, case, shape):
     found = run(name, tensors, case)
     assert found.shape == shape
     if found.numel():
-        assert (found - reference(name, tensors, case)).abs().max() <= 10 * 4 * 2.0**-24
+        assert (found - reference(name, tensors, case)).abs().max() <= tolerance(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -97,7 +110,7 @@ def test_dtype_in_is_dtype_out(name, case, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), ELEMENTWISE)
 def test_every_backend_gives_the_same_bytes(name, case, backend):
     tensors = [t + i * torch.rand(t.shape) for i, t in enumerate(inputs(name))]  # sums that do round
     assert torch.equal(run(name, tensors, case, backend=backend), run(name, tensors, case, backend="torch"))
@@ -122,9 +135,9 @@ def test_inputs_are_not_changed(name, case):
 def test_unknown_and_missing_parameters_are_named(name):
     with pytest.raises(ConfigError, match=r"parameters.nonsense: .* has no such parameter"):
         run(name, inputs(name), {**ARGUMENTS[name][0], "nonsense": 1})
-    required = next(p.name for p in get(name).params if p.required)
-    with pytest.raises(ConfigError, match=f"parameters.{required}: missing"):
-        run(name, inputs(name), {})
+    for required in [p.name for p in get(name).params if p.required][:1]:
+        with pytest.raises(ConfigError, match=f"parameters.{required}: missing"):
+            run(name, inputs(name), {})
 
 
 def test_ties_keeps_exactly_the_elements_a_stable_sort_keeps():

@@ -8,7 +8,7 @@ from seme.methods import _registry as registry
 
 
 def test_methods_of_this_version():
-    assert list(methods()) == ["linear", "slerp", "task_arithmetic", "ties"]
+    assert list(methods()) == ["iso_c", "linear", "seme", "slerp", "task_arithmetic", "ties", "tsv_m"]
 
 
 def test_parameters_defaults_and_scopes_are_mergekits():
