@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ class Shared(Results):
     def put(self, key: str, entry: dict[str, Any]) -> None:
         """Replace one entry of the file as it is now."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             if self.path.exists():
                 now = load(self.path)
                 self.data["runs"] = now["runs"]
                 self.data["entries"] = now["entries"]
             super().put(key, entry)
+        finally:
+            os.close(folder)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Case:
                 "merge_method": "seme",
                 "base_model": str(paths[0]),
                 "models": [{"model": str(path)} for path in paths[1:]],
-                "parameters": {"rule": "sequence", "rho": 0.2, "flatten": 0.4},
+                "parameters": {"rule": "sequence"},
                 "dtype": "float32",
             }
             seme.merge(recipe, Path(folder) / "merged", threads=1)
@@ -105,12 +109,10 @@ METHODS: dict[str, Method] = {
     "Model Stock": Method("peer", lambda c: peers.model_stock(c.base, c.experts)),
     "TSV-M": Method("peer", lambda c: c.api("tsv_m")),
     "Iso-C": Method("peer", lambda c: c.api("iso_c")),
-    "SeMe project": Method("seme", lambda c: c.api("seme", rho=0.2, flatten=0.4)),
+    "SeMe project": Method("seme", lambda c: c.api("seme")),
     "SeMe elect": Method("seme", lambda c: c.api("seme", rule="elect")),
     "SeMe sequence": Method("seme", lambda c: c.sequence()),
-    "project, latent axis": Method(
-        "control", lambda c: c.api("seme", rho=0.2, flatten=0.4, axis="latent"), tuned=False
-    ),
+    "project, latent axis": Method("control", lambda c: c.api("seme", axis="latent"), tuned=False),
     "project, not flattened": Method("control", lambda c: _plain(c, 0.0), tuned=False),
     "the same, sigma 0.5": Method("control", lambda c: _plain(c, 0.5), tuned=False),
     "the same, sigma 1": Method("control", lambda c: _plain(c, 1.0), tuned=False),
@@ -130,7 +132,7 @@ def _mean(case: Case) -> State:
 
 
 def _plain(case: Case, sigma: float) -> State:
-    return case.api("seme", rho=0.2, flatten=0.0, sigma=sigma)
+    return case.api("seme", flatten=0.0, sigma=sigma)
 
 
 def _project(case: Case, kind: str) -> State:

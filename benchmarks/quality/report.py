@@ -219,8 +219,8 @@ def write(results: Path, document: Path = DOCUMENT, image: Path = IMAGE) -> None
     grid = Grid(data)
     text = document.read_text()
     for name, body in tables(grid).items():
-        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
-        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
     document.write_text(text)
     draw(grid, image)
 

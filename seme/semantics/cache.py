@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-FORMAT = "1"
+FORMAT = "2"
 """To be changed whenever the meaning of entries or the way they are computed does."""
 
 ABOUT = "seme"
