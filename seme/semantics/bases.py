@@ -41,9 +41,10 @@ CONDITION_LIMIT = 1e10
 """Gram matrices of a larger condition number are not inverted but cut."""
 
 FLOAT32_LIMIT = 50
-"""Mean over least eigenvalue, without what all rows share, up to which float32 products are good enough for a Gram
-matrix. Their rounding is noise in proportion to the mean eigenvalue, and the least one is what it does most harm to. Up
-to here the bases are nearer to the exact ones than those from a singular value decomposition in float32 are."""
+"""Mean over least eigenvalue of a Gram matrix up to which float32 products are good enough for it: of the Gram matrix
+without what all rows share, its coordinates scaled to one size. Rounding is noise in proportion to the mean, and does
+most harm to the least. Up to here the bases are nearer to the exact ones than those from a singular value decomposition
+in float32 are."""
 
 BLOCK = 256
 """A Gram matrix is halved down to blocks of this width, so that little below its diagonal is multiplied out."""
@@ -256,13 +257,15 @@ class SemanticBases:
             add_gram_(gram, x)
             rest += x.sum(0)  # in float32 torch adds up by halves, which loses next to nothing
         mirror_(gram)
-        mean = float(self._scaled_(gram).trace()) / self.width
+        size = self._scaled_(gram).diagonal().sqrt()  # of each coordinate, over the labels
         gain = 1.0 if self.head.gain is None else self.head.gain
         c, rest = gain * common.double(), gain * rest
         # sum (x + c)(x + c)^T over v rows = sum x x^T + c (sum x + v c)^T + (sum x) c^T
         gram.addr_(c, rest + self.size * c).addr_(rest, c)
         found = by_cholesky(gram, torch.float32)
-        return found if found and mean <= FLOAT32_LIMIT * found.least else None
+        if found and _largest_eigenvalue((found.matrix * size[:, None] * size).float()) <= FLOAT32_LIMIT:
+            return found
+        return None
 
     def _scaled_(self, gram: torch.Tensor) -> torch.Tensor:
         """A Gram matrix of the head made one of the head with its gain, in place."""

@@ -75,7 +75,11 @@ def test_float64_is_the_pseudo_inverse(v, d):
     assert error(bases.norms[None], expected.norm(dim=1)[None]) <= bound
 
 
-@pytest.mark.parametrize(("decay", "mean"), [(0.0, 0.0), (0.0, 3.0), (1.0, 0.0), (1.5, 3.0)])
+HEADS = [(0.0, 0.0), (0.0, 3.0), (1.2, 10.0), (1.4, 0.0), (2.0, 0.0), (3.0, 3.0)]
+"""Decay of the spectrum and strength of the common mean."""
+
+
+@pytest.mark.parametrize(("decay", "mean"), HEADS)
 def test_float32_is_as_accurate_as_an_svd_in_float32(decay, mean):
     v, d = 2049, 127
     head = make_head(v, d, decay=decay, mean=mean, dtype=torch.float32)
@@ -83,6 +87,30 @@ def test_float32_is_as_accurate_as_an_svd_in_float32(decay, mean):
     theirs = error(torch.linalg.pinv(head, rtol=0.0).T, exact)
     ours = error(SemanticBases.from_head(head).vectors(slice(0, v)), exact)
     assert ours <= 2 * theirs  # both are one rounding of float32, amplified by the condition of the head
+
+
+@pytest.mark.parametrize(("decay", "mean"), HEADS)
+def test_float32_products_are_used_where_they_are_good_enough(decay, mean, monkeypatch):
+    """A common mean does no harm, weak directions do."""
+    used = []
+    exact = SemanticBases._gram
+    monkeypatch.setattr(SemanticBases, "_gram", lambda self: used.append(self) or exact(self))
+    head = make_head(2049, 127, decay=decay, mean=mean, dtype=torch.float32)
+    SemanticBases.from_head(head, make_gain(127))
+    assert bool(used) == (decay >= 2)
+    SemanticBases.from_head(head.double())
+    assert len(used) == 1 + (decay >= 2), "a float64 head has float64 products"
+
+
+def test_float32_products_are_within_the_bound_stated():
+    x = make_head(3000, 97, dtype=torch.float32)
+    total = torch.zeros(97, 97, dtype=torch.float64)
+    module.add_gram_(total, x)
+    module.mirror_(total)
+    exact, sizes = x.double().T @ x.double(), x.double().abs().T @ x.double().abs()
+    assert float(((total - exact).abs() / sizes).max()) <= 3000 * 2.0**-24
+    assert float(((total - exact).abs() / sizes).max()) <= 4 * 3000**0.5 * 2.0**-24
+    assert not torch.equal(total, exact), "the products were float64"
 
 
 def test_condition_is_close_from_below():
