@@ -12,6 +12,7 @@ from seme.config import convert, suggest
 from seme.errors import ConfigError, SemeError, brief
 from seme.methods import Context, Group, Method, Param, Pass, Reduced, get
 from seme.methods._matrix import in_memory
+from seme.ops._matrix import torch_threads
 from seme.ops._op import Spec
 from seme.roles import TensorRole, roles
 
@@ -207,7 +208,8 @@ def _merge_one(
     if merged.numel() == 0:
         return merged
     if matrix is not None:
-        method.merge(in_memory(group, matrix[0], tensors, merged, matrix[1]), **arguments)
+        with torch_threads(threads):
+            method.merge(in_memory(group, matrix[0], tensors, merged, matrix[1]), **arguments)
         return merged
     merge = method.merge(group, **arguments)
     pass_ = next(merge)

@@ -1,5 +1,7 @@
 """The GPU kernels one by one, Triton and CUDA C++, against torch's copy on the same GPU and against plain torch.
 
+The kernels with matrix products are in ``benchmarks.gpu.matrix``, and are measured by this program too.
+
 ``benchmarks/gpu/run.sh`` builds, tests and then runs this; ``python -m benchmarks.gpu.measure --dry-run`` only says
 what would be measured and needs no GPU. The cases are those of ``benchmarks.ops``: an op can do no better than read
 each input once and write its output once, at the bandwidth of a copy, and GB/s counts exactly those bytes.
@@ -21,6 +23,7 @@ import torch
 
 from benchmarks.checkpoints import BASE_STD, CHANGED, TUNED_STD
 from benchmarks.common import GIB, MIB, RESULTS, Results, provenance, summarize, table
+from benchmarks.gpu import matrix
 from benchmarks.ops import Case, Tensors, cases, threshold
 
 ABOUT = {
@@ -30,6 +33,8 @@ ABOUT = {
     "of_copy": "median GB/s of a provider / median GB/s of the copy in the same rounds",
     "torch_over": "median seconds of plain torch, one operation after the other / median seconds of the provider",
 }
+
+ABOUT |= {name: text for name, text in matrix.ABOUT.items() if name not in ABOUT}
 
 ELEMENTS = 256 * MIB
 BACKENDS = ("triton", "cuda")
@@ -150,18 +155,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="beginnings of names; default: all")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--elements", type=int, default=ELEMENTS, help="per tensor; more than the L2 cache holds")
+    parser.add_argument("--width", type=int, default=4096, help="rows and columns of the weights in matrix products")
+    parser.add_argument("--labels", type=int, default=32000, help="bases in matrix products")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--name", help="results go to benchmarks/results/gpu-NAME.json; default: the GPU's name")
     parser.add_argument("--commit", help="commit to write down, where there is no git repository")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured; needs no GPU")
     options = parser.parse_args(arguments)
 
-    def chosen(found: dict[str, Case]) -> dict[str, Case]:
+    def chosen(found: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in found.items() if not options.cases or k.startswith(tuple(options.cases))}
 
     if options.dry_run:
         rows = [[k, str(v.inputs), f"{v.bytes(options.elements) / 1e6:.0f}"] for k, v in chosen(cases(0)).items()]
         print(table(["op, tensors", "inputs", "MB"], rows))
+        found = chosen(matrix.sizes(options.width, options.labels))
+        rows = [[k, f"{2 * m * n * p / 1e12:.2f}", str(dtype)] for k, (_, (m, n, p), dtype) in found.items()]
+        print(table(["op, tensors", "Tflop", "product"], rows))
         return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu.measure: no CUDA GPU here; --dry-run says what would be measured")
@@ -178,6 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         entries[key] = measure(case, tensors, options.rounds, options.backends)
         results.put(key, entries[key])
     print(report(entries))
+    models = [t[: options.width**2].view(options.width, options.width) for t in tensors]
+    products = {}
+    for key, product in chosen(matrix.cases(models, options.labels)).items():
+        for backend in product.backends(options.backends):
+            matrix.verify(product.op, backend)
+        products[key] = matrix.measure(product, options.rounds, options.backends, queue)
+        results.put(key, products[key])
+    print(matrix.report(products))
     print(f"{results.path}: {run['machine']['gpu']['name']}, torch {torch.__version__}, {run['versions']['nvcc']}")
 
 

@@ -40,7 +40,7 @@ CUT = 1e-10
 CONDITION_LIMIT = 1e10
 """Gram matrices of a larger condition number are not inverted but cut."""
 
-FLOAT32_LIMIT = 50
+FLOAT32_LIMIT = 40
 """Mean over least eigenvalue of a Gram matrix up to which float32 products are good enough for it: of the Gram matrix
 without what all rows share, its coordinates scaled to one size. Rounding is noise in proportion to the mean, and does
 most harm to the least. Up to here the bases are nearer to the exact ones than those from a singular value decomposition

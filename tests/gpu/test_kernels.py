@@ -1,12 +1,17 @@
-"""On a GPU: Triton and CUDA C++ give the bytes of the CPU kernels, for every op, dtype, size and view."""
+"""On a GPU: Triton and CUDA C++ give the bytes of the CPU kernels, for every op, dtype, size and view.
+
+Those with matrix products are within their error bound, and give the same bytes every time.
+"""
 
 import pytest
 import torch
 
 from seme import dtypes, native
 from seme.ops._op import Spec
-from seme.ops._registry import OPS
+from seme.ops._registry import MATRIX_OPS, OPS
 from tests.kernels.cases import DTYPES, calls, check_bits, make_tensors
+from tests.kernels.matrix import check_low, launch, resolved
+from tests.ops import matrix_cases, test_matrix
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 BACKENDS = ("triton", "cuda")
@@ -78,3 +83,100 @@ def test_more_than_two_to_the_31_elements(name, backend):
         assert not found[:before].count_nonzero()
         found = found[before:]
     check_bits(found.cpu().reshape(-1), expected.reshape(-1))
+
+
+# The kernels with matrix products: the bounds of the interpreter's tests, on the tiles that a GPU really gets.
+
+SIZES = ((65, 63, 129), (257, 192, 515), (129, 515, 1031), (1, 1, 1))
+
+
+def to_gpu(case):
+    """The same call on CUDA tensors of the same strides."""
+
+    def moved(t):
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").copy_(t)
+
+    operands = [[moved(t) for t in o] if isinstance(o, list) else moved(o) for o in case.operands]
+    return matrix_cases.Case(case.op, operands, case.arguments)
+
+
+def run_matrix(case, backend):
+    if backend == "cuda" and not case.op.cuda:
+        pytest.skip(f"{case.op.name} has no CUDA C++ kernel")
+    on_gpu = to_gpu(case)
+    first, second = ([t.cpu() for t in on_gpu.run(backend, outs=poisoned(case))] for _ in range(2))
+    for a, b in zip(first, second):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), "the same call gave other bytes"
+    return first
+
+
+def poisoned(case):
+    return [t.cuda() for t in case.outs(0)]
+
+
+@pytest.mark.parametrize("view", ["rows", "mixed"])
+@pytest.mark.parametrize("dtype", matrix_cases.DTYPES)
+@pytest.mark.parametrize("name", MATRIX_OPS)
+def test_error_bound(name, dtype, view, backend):
+    for size in SIZES:
+        if name == "resolve":
+            case = resolved(size, min(8, size[2]), dtype, view)
+        else:
+            case = matrix_cases.make(name, dtype, size, view=view)
+        # float16 becomes TF32 in Triton, float32 in CUDA C++.
+        rounds = dtype == "bf16" or (dtype == "f16" and backend == "triton")
+        rounds &= name in ("delta_gram", "delta_project", "project_erase", "elect_select", "elect")
+        (check_low if rounds else matrix_cases.check)(case, run_matrix(case, backend))
+
+
+@pytest.mark.parametrize("experts", [1, 2, 5, 8])
+@pytest.mark.parametrize("name", ["project_erase", "elect_select"])
+def test_experts(name, experts, backend):
+    case = matrix_cases.make(name, "bf16", (129, 192, 257), experts=experts)
+    check_low(case, run_matrix(case, backend))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+@pytest.mark.parametrize("name", ["semantic_energy", "weighted_gram"])
+def test_precisions_of_float32(name, precision):
+    from importlib import import_module
+
+    case = matrix_cases.make(name, "f32", (1, 515, 1031))
+    kernel = import_module(f"seme.kernels.{name}").launch
+    found = launch(kernel, to_gpu(case), poisoned(case), precision=precision)
+    matrix_cases.check(case, [t.cpu() for t in found])
+
+
+@pytest.mark.parametrize("k", [1, 3, 16, 64])
+def test_resolve(k, backend):
+    for dtype in ("bf16", "f32", "f64"):
+        case = resolved((130, 192, 5001), k, dtype)
+        matrix_cases.check(case, run_matrix(case, backend))
+
+
+def test_elect_is_exact(backend):
+    """On integers, counts and energies have one value."""
+    base, tensors, bases = ([t.cuda() for t in x] if isinstance(x, list) else x.cuda() for x in test_matrix.exact())
+    _, variance = test_matrix.exact_coordinates(base, tensors, bases)
+    keys = variance.float().view(torch.int32).long().flatten()
+    most = int(keys.mode().values)
+    for lowest, shift in ((0, 15), (most - 5, 0), (most + 1, 8)):
+        found = MATRIX_OPS["elect_select"](base, tensors, bases, lowest=lowest, shift=shift, backend=backend)
+        expected = MATRIX_OPS["elect_select"](base, tensors, bases, lowest=lowest, shift=shift, backend="torch")
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.large
+def test_matrix_of_more_than_two_to_the_31_elements():
+    """The last rows are those of a call on them alone."""
+    rows, width = 2**31 // 4096 + 129, 4096
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free GPU memory")
+    gen = torch.Generator("cuda").manual_seed(0)
+    base = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_(generator=gen)
+    tensor = torch.empty_like(base).normal_(generator=gen)
+    projection = torch.empty(width, width, device="cuda").normal_(generator=gen)
+    op, tail = MATRIX_OPS["project_erase"], slice(rows - 129, rows)
+    whole = op(base, [tensor], [projection], backend="triton")
+    assert torch.equal(whole[tail], op(base[tail], [tensor[tail]], [projection], backend="triton"))
