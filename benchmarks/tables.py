@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import merge, ops
+from benchmarks import bases, merge, ops, validation
 from benchmarks.checkpoints import SIZES
 from benchmarks.common import MIB, RESULTS, ROOT, load, table
 from benchmarks.plot import where
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "semantics.md")
 
 
 def complete(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -56,6 +56,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "merge-cpu": ("merge-cpu.json", merge_table),
     "merge-cpu-short": ("merge-cpu.json", short_merge_table),
     "ops-cpu": ("ops-cpu.json", ops_table),
+    "bases-cpu": ("bases-cpu.json", lambda data: bases.report(data["entries"])),
+    "validation": ("validation.json", lambda data: validation.report(data["entries"])),
+    "validation-frames": ("validation.json", lambda data: validation.report_frames(data["entries"])),
 }
 
 

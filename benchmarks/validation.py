@@ -212,14 +212,14 @@ def report(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def report_frames(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table of what explains the first: anisotropy of the sets, and of the vectors."""
+    """A Markdown table of what explains the first: anisotropy of the sets (mean length / top share), of the vectors."""
     lines = []
+    sets = ("output", "head rows", "embedding rows", "random")
     for name, e in entries.items():
-        means = [f"{e['frames'][frame]['mean_length']:.2f}" for frame in FRAMES[:5]]
+        shape = [f"{e['frames'][frame]['mean_length']:.2f} / {e['frames'][frame]['top']:.2f}" for frame in sets]
         energy = [sum(e["along"][place]) / len(e["along"][place]) for place in PLACES]
-        lines.append([name, f"{e['v'] / e['d']:.0f}", f"{e['condition']:.0f}", *means, *(f"{x:.2f}" for x in energy)])
-    means = [f"mean of {frame}" for frame in FRAMES[:5]]
-    return table(["model", "v/d", "condition", *means, *(f"{place} along" for place in PLACES)], lines)
+        lines.append([name, str(e["d"]), f"{e['condition']:.0f}", *shape, *(f"{x:.2f}" for x in energy)])
+    return table(["model", "d", "condition", *sets, *(f"{place} along" for place in PLACES)], lines)
 
 
 STYLE = {

@@ -7,7 +7,7 @@ from seme import SemanticBases
 from seme.errors import SemeError
 from seme.semantics import MODES, coefficients, recompose, resolution, round_trip
 
-V, D = 4099, 64  # three tiles of labels; v = 64 d
+V, D = 4099, 64  # two tiles of labels; v = 64 d
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 
 
