@@ -18,6 +18,10 @@ import triton.language as tl
 _DIV_RN_FLUSHES = tl.constexpr(tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 6))
 
 
+# Before 3.5, tl.dot does not take float64. All terms of a tile of the product are then held at once: 2^14 at most.
+DOT_TAKES_FLOAT64 = tl.constexpr(tuple(int(v) for v in triton.__version__.split(".")[:2]) >= (3, 5))
+FLOAT64_TERMS = 1 << 14
+
 # tl.dot of bfloat16 is wrong in the interpreter: there, operands are float32 numbers that bfloat16 can hold.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -170,7 +174,9 @@ def lost(x, taken):
 @triton.jit
 def product(a, b, total, OPERAND: tl.constexpr):
     """total + a @ b, for two operands."""
-    if OPERAND == "bfloat16":
+    if OPERAND == "float64" and not DOT_TAKES_FLOAT64:
+        return total + tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+    elif OPERAND == "bfloat16":
         return tl.dot(a, b, total)
     elif OPERAND == "tf32" or OPERAND == "tf32x3":
         return tl.dot(a, b, total, input_precision=OPERAND)

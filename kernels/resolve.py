@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .numeric import accumulator, load, magnitude_key, operand, product, store
+from .numeric import DOT_TAKES_FLOAT64, FLOAT64_TERMS, accumulator, load, magnitude_key, operand, product, store
 from .tables import Tiles, operand_of, processors, table, tiles
 from .tiles import indices, load_tile
 
@@ -195,8 +195,10 @@ def launch(
     )  # fmt: skip
     found = lists.view(height, -1).topk(k).values & LABEL_BITS.value ^ LABEL_BITS.value
     labels.copy_(found)
+    side = max(16, kept)
+    depth = 32 if DOT_TAKES_FLOAT64.value else FLOAT64_TERMS // side**2
     resolve_erase_kernel[(height,)](
         vectors, bases, found, table([dependent], torch.float64, device), coefficients, residual, width, k,
         *vectors.stride(), *bases.stride(), *coefficients.stride(), *residual.stride(),
-        K=max(16, kept), BLOCK_K=32, num_warps=4 if kept <= 32 else 8, enable_fp_fusion=False,
+        K=side, BLOCK_K=depth, num_warps=4 if side <= 32 else 8, enable_fp_fusion=False,
     )  # fmt: skip

@@ -73,7 +73,16 @@ def tiles(operand: str, device: torch.device, results: int = 1) -> Tiles:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         capability = max((c for c in TILES if c <= 10 * major + minor), default=min(TILES))
-    return shrink(TILES[capability][operand.removesuffix("x3")], results)
+    return shrink(for_triton(TILES[capability][operand.removesuffix("x3")], operand), results)
+
+
+def for_triton(chosen: Tiles, operand: str) -> Tiles:
+    """Smaller tiles where Triton has to hold all terms of a product."""
+    from .numeric import DOT_TAKES_FLOAT64, FLOAT64_TERMS
+
+    if operand != "float64" or DOT_TAKES_FLOAT64.value:
+        return chosen
+    return chosen._replace(m=32, n=32, k=FLOAT64_TERMS // 32**2)
 
 
 def processors(device: torch.device) -> int:

@@ -77,8 +77,8 @@ def compile_kernel(kernel, compute, tensors, integer, constants, warps, capabili
     )
 
 
-# Of the matrix kernels: the operand of their products, what the models are stored as, and everything else. Those that
-# do not depend on the generation of tensor cores are compiled for one.
+# Of the matrix kernels: the operand of their products, what the models are stored as, and everything else; and of
+# the rarer operands the one GPU that they are compiled for.
 OPERANDS = {
     "bfloat16": ("*bf16", "*fp32"),
     "tf32": ("*fp16", "*fp32"),
@@ -86,7 +86,7 @@ OPERANDS = {
     "float64": ("*fp64", "*fp64"),
     "tf32x3": ("*fp32", "*fp32"),
 }
-ONLY = {"float32": 80, "float64": 80, "tf32": 90, "tf32x3": 90}
+ONLY = {"float64": 80, "tf32": 90, "tf32x3": 90}
 MODELS = ("base", "tensor", "tensors", "vectors")
 NUMBERS = {"reals": "*fp64", "etas": "*fp64", "units": "*fp64", "parts": "*fp32"}
 NUMBERS |= dict.fromkeys(("listed", "count", "window", "thresholds", "counts", "energies", "lists", "labels"), "*i64")
@@ -95,7 +95,7 @@ EXPERTS = 3
 
 def matrix_kernels(operand, capability):
     """(name, kernel, constants, options) of the kernels with matrix products, as the launchers call them."""
-    chosen = tables.TILES[capability][operand.removesuffix("x3")]
+    chosen = tables.for_triton(tables.TILES[capability][operand.removesuffix("x3")], operand)
 
     def entry(name, kernel, results=1, **constants):
         options = tables.shrink(chosen, results).options()
@@ -103,21 +103,24 @@ def matrix_kernels(operand, capability):
         constants = {"OPERAND": operand, "MIRROR": True, **options, **constants}
         return name, kernel, {k: v for k, v in constants.items() if k in kernel.arg_names}, launched
 
-    yield entry("semantic_energy", semantic_energy.semantic_energy_kernel)
-    if operand in ("float32", "float64", "tf32x3"):
+    if operand in ("float32", "tf32x3"):
         yield entry("weighted_gram", weighted_gram.weighted_gram_kernel)
     if operand == "tf32x3":
         return
-    yield entry("delta_gram", delta_gram.delta_gram_kernel)
-    yield entry("delta_project", delta_project.delta_project_kernel)
     yield entry("project_erase", project_erase.project_erase_kernel)
     yield entry("elect_select", elect_select.elect_select_kernel, results=EXPERTS)
+    if operand == "float64":
+        yield entry("elect_select", elect_select.squared_norm_kernel, BLOCK_M=8, BLOCK_N=256)
+        yield entry("resolve", resolve.resolve_erase_kernel, K=16, BLOCK_K=32)
+        yield entry("resolve", resolve.resolve_erase_kernel, K=64, BLOCK_K=32)
+    if operand not in ("float32", "bfloat16"):
+        return  # the others hold nothing that depends on the operand
+    yield entry("delta_gram", delta_gram.delta_gram_kernel)
+    yield entry("delta_project", delta_project.delta_project_kernel)
+    yield entry("semantic_energy", semantic_energy.semantic_energy_kernel)
     yield entry("elect", elect.elect_combine_kernel, results=EXPERTS)
     yield entry("elect", elect.elect_recompose_kernel)
     yield entry("resolve", resolve.resolve_select_kernel, results=2, K=8)
-    if operand == "float64":
-        yield entry("resolve", resolve.resolve_erase_kernel, K=16, BLOCK_K=32)
-        yield entry("elect_select", elect_select.squared_norm_kernel, BLOCK_M=8, BLOCK_N=256)
 
 
 def compile_matrix_kernel(kernel, operand, constants, launched, capability):

@@ -68,6 +68,13 @@ def test_every_operation_is_rounded_on_its_own(built):
     assert seen == {"add", "sub", "mul", "div"}
 
 
+def test_products_run_on_the_tensor_cores(built):
+    _, assembly = built
+    for source in ("elect", "resolve"):
+        for gpu in ("sm_80", "sm_90"):
+            assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in assembly[source, gpu]
+
+
 def test_the_module_loads_without_a_driver_and_without_torch(built):
     module, _ = built
     script = f"""if True:

@@ -25,7 +25,7 @@ pytestmark = [
 NAMES = list(MATRIX_OPS)
 ROUNDED = ("delta_gram", "delta_project", "project_erase", "elect_select", "elect")
 SYMMETRIC = ("delta_gram", "weighted_gram")
-TILED = (129, 65, 130)  # a little more than whole tiles
+TILED = (129, 130, 131)  # a little more than whole tiles
 SMALL = (7, 63, 65)
 
 
@@ -85,6 +85,20 @@ def test_three_products_of_tf32(name):
     """An option that the interpreter computes in float32; that it compiles is the other test's."""
     case = make(name, "f32", SMALL)
     matrix_cases.check(case, run(case, precision="tf32x3"))
+
+
+@pytest.mark.parametrize("name", ["semantic_energy", "resolve"])
+def test_float64_without_its_product(name, monkeypatch):
+    """As Triton 3.4 needs it."""
+    import triton.language as tl
+    from seme.kernels import numeric, tables
+
+    for module in (numeric, importlib.import_module("seme.kernels.resolve")):
+        monkeypatch.setattr(module, "DOT_TAKES_FLOAT64", tl.constexpr(False))
+    monkeypatch.setattr(tl, "dot", None)
+    monkeypatch.setattr(tl.core, "dot", None)
+    case = made(name, "f64", (3, 63, 65))
+    matrix_cases.check(case, run(case, shape=tables.for_triton(shape(), "float64")))
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
@@ -190,6 +204,10 @@ def test_energies_of_any_size():
     counts, energies = run(Case(case.op, [base, [base, base], bases], case.arguments))
     assert counts[0] == 7 * 65
     assert not energies.any()
+    # The greatest sum there is, of a task vector that is a multiple of the only basis.
+    along = [base[:1] * 0, [3 * bases[:1], base[:1] * 0], bases[:1]]
+    _, energies = run(Case(case.op, along, case.arguments))
+    assert abs(energies[0].sum() / (9 * bases[0].double().square().sum() ** 2) - 1) < 1e-6
     unbounded = run(Case(case.op, [base, [base + float("inf"), base], bases], case.arguments))[1]
     assert unbounded[0].isnan().all()
 
