@@ -303,7 +303,13 @@ def test_interrupt_leaves_nothing(here):
     before = sorted(os.listdir(here))
     command = [sys.executable, "-m", "seme", "merge", "recipe.yml", "out", "--threads", "1"]
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=child_environment(),
+        # A shell's background jobs ignore SIGINT, and so would the child of one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     staging = here / ".out.seme-staging"
     deadline = time.monotonic() + 60
