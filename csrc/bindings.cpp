@@ -240,13 +240,16 @@ static void elect(const PyMatrix& z, int64_t threshold, const Reals& etas, int t
     seme::cpu::elect(m, threshold, etas, threads);
 }
 
-static void nearest(const PyMatrix& dots, int64_t first, const PyMatrix& scores, const PyView& labels, int threads) {
-    const auto d = working(dots, dtype_of(dots)), s = working(scores, d.dtype);
-    if (s.cols < 1 || s.cols > 64) throw std::invalid_argument("k is not 1 to 64");
-    check_equal(s.rows, d.rows, "rows of scores");
+static void nearest(const PyMatrix& vectors, const PyMatrix& bases, const PyMatrix& scores, const PyView& labels,
+                    int threads) {
+    const auto v = working(vectors, dtype_of(vectors)), b = matrix_of(bases), s = working(scores, v.dtype);
+    if (s.cols < 1 || s.cols > 64 || s.cols > b.rows) throw std::invalid_argument("k is not 1 to 64");
+    if (b.rows >= int64_t(1) << 32) throw std::invalid_argument("too many bases");
+    check_equal(s.rows, v.rows, "rows of scores");
+    check_equal(b.cols, v.cols, "columns of bases");
     int64_t* l = results_of<int64_t>(labels, s.rows * s.cols);
     py::gil_scoped_release release;
-    seme::cpu::nearest(d, first, s, l, threads);
+    seme::cpu::nearest(v, b, s, l, threads);
 }
 
 static void erase(const PyMatrix& vectors, const PyMatrix& bases, const PyMatrix& scores, const PyView& labels,

@@ -85,9 +85,9 @@ void elect_select(const Matrix& z, int64_t experts, int64_t lowest, int shift, d
 // The first expert's rows of z become the elected coordinates.
 void elect(const Matrix& z, int64_t threshold, const std::vector<double>& etas, int threads);
 
-// Keeps in scores[rows, k] and labels[rows, k] (-1: none yet) the k greatest magnitudes seen, in no order, of equal
-// ones those of the lowest label. The columns of dots are the labels from `first` on; calls come in rising order.
-void nearest(const Matrix& dots, int64_t first, const Matrix& scores, int64_t* labels, int threads);
+// The rows of `bases` (labels) of the greatest |dot product| with each vector, of equal ones the lowest: scores[rows,
+// k] and labels[rows, k], in no order.
+void nearest(const Matrix& vectors, const Matrix& bases, const Matrix& scores, int64_t* labels, int threads);
 
 // Sorts labels[rows, k] by falling magnitude of the scores, which become the least squares coefficients on these rows
 // of `bases`, and gives what is left of the vectors.

@@ -7,12 +7,13 @@ every selected basis. A basis that depends on those before it (the square of its
 ``dependent`` times the square of its norm: 1e-5 in float32, 1e-12 in float64) gets coefficient 0.
 
 Nothing of size [N, v] is stored. Flops: ``2 N v d`` for the selection, about ``N k (k + 6) d`` for the erasure. Least
-bytes: the vectors twice, and the bases once for each block of vectors.
+bytes: the vectors twice, and the bases once for each block of vectors. On the CPU the selection goes through all scores
+in 16-bit integers and computes again, in the working dtype, those that may be among the k best by a strict bound of
+what was rounded away; so it finds what the full scores would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from seme import native
@@ -27,7 +28,6 @@ from seme.ops._matrix import (
     raw,
     tiles,
     working_dtype,
-    workspace,
 )
 from seme.ops._op import Spec
 from seme.ops._task_vectors import INT64
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 MOST = 64
 """Greatest k."""
-ROWS, LABELS = 1024, 2048
-"""A tile of dot products on the CPU."""
+ROWS = 2048
+"""Vectors at a time on the CPU."""
 
 
 def check(vectors: Spec, bases: Spec, *, k: int) -> Plan:
@@ -102,32 +102,27 @@ def run_cpu(
     k: int,
     dependent: float,
 ) -> None:
-    """Blocks of vectors x label tiles: products by torch, running selection and least squares in C++."""
-    module, frame = native.module(), by_rows(bases)
-    for rows, r, scores, found in nearest_tiles(vectors, bases, k, coefficients.dtype, threads):
+    """Selection and least squares in C++, block by block of vectors."""
+    import torch
+
+    frame = by_rows(bases)
+    for rows in tiles(len(vectors), ROWS):
+        r = by_rows(vectors[rows].to(coefficients.dtype))
+        scores, found = r.new_empty(len(r), k), torch.empty(len(r), k, dtype=torch.int64)
+        nearest(r, frame, scores, found, threads)
         rest = residual[rows]
         target = rest if rest.stride(1) == 1 else r.new_empty(rest.shape)
-        module.erase(raw(r), raw(frame), raw(scores), integers(found), dependent, raw(target), threads)
+        native.module().erase(raw(r), raw(frame), raw(scores), integers(found), dependent, raw(target), threads)
         labels[rows], coefficients[rows] = found, scores
         if target is not rest:
             rest.copy_(target)
 
 
-def nearest_tiles(
-    vectors: torch.Tensor, bases: torch.Tensor, k: int, acc: torch.dtype, threads: int
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Rows, the vectors there, and the scores and labels [rows, k] of their nearest bases, in no order."""
-    import torch
-
-    dots = workspace(min(len(vectors), ROWS), min(len(bases), LABELS), acc)
-    for rows in tiles(len(vectors), ROWS):
-        r = by_rows(vectors[rows].to(acc))
-        scores, labels = r.new_zeros(len(r), k), torch.full((len(r), k), -1, dtype=torch.int64)
-        for part in tiles(len(bases), LABELS):
-            s = bases[part].to(acc)
-            tile = torch.mm(r, s.T, out=dots[: len(r) * len(s)].view(len(r), len(s)))
-            native.module().nearest(raw(tile), part.start, raw(scores), integers(labels), threads)
-        yield rows, r, scores, labels
+def nearest(
+    vectors: torch.Tensor, bases: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threads: int
+) -> None:
+    """Scores and labels [N, k] of the nearest bases, in no order; all operands by rows. ``csrc/cpu/nearest.cpp``."""
+    native.module().nearest(raw(vectors), raw(bases), raw(scores), integers(labels), threads)
 
 
 def integers(labels: torch.Tensor) -> tuple[int, int, int]:

@@ -54,9 +54,9 @@ def small_tiles(monkeypatch):
     from importlib import import_module
 
     monkeypatch.setattr(import_module("seme.ops._matrix"), "TILE", 65 * 129)
-    for module, rows, labels in (("elect_select", 3 * 63, 50), ("resolve", 63, 50)):
-        monkeypatch.setattr(import_module(f"seme.ops.{module}"), "ROWS", rows)
-        monkeypatch.setattr(import_module(f"seme.ops.{module}"), "LABELS", labels)
+    monkeypatch.setattr(import_module("seme.ops.elect_select"), "ROWS", 3 * 63)
+    monkeypatch.setattr(import_module("seme.ops.elect_select"), "LABELS", 50)
+    monkeypatch.setattr(import_module("seme.ops.resolve"), "ROWS", 63)
 
 
 @pytest.mark.parametrize("name", ACCUMULATING)
@@ -331,6 +331,71 @@ def test_nonfinite_vectors_end(backend):
     assert coefficients[0].isfinite().all()
     assert residual[0].isfinite().all()
     assert residual[1].isnan().any()
+
+
+def awkward(kind, vectors, bases):
+    """Operands that fixed point represents badly, or not at all."""
+    if kind == "tiny":
+        vectors, bases = vectors * 1e-14, bases * 1e-15
+    elif kind == "beyond":  # of what is screened; in float32, so are the squares of "tiny"
+        vectors, bases = vectors * 1e-33, bases * 1e3
+    elif kind == "vast":
+        vectors, bases = vectors * 1e25, bases * 1e-18
+    elif kind == "uneven":  # rows of very different norms
+        bases = bases * 10.0 ** (torch.arange(len(bases)) % 13 - 9)[:, None]
+    elif kind == "spikes":  # nearly all in one entry
+        bases[torch.arange(len(bases)), torch.arange(len(bases)) % bases.shape[1]] += 30
+    elif kind == "close":  # scores differ by less than the rounding to fixed point changes them
+        bases = bases[:1] + 1e-4 * bases
+    elif kind == "equal":
+        bases = bases[torch.arange(len(bases)) % 40]
+    elif kind == "zeros":
+        vectors[::2] = 0
+        bases[::3] = 0
+    elif kind == "nan":
+        bases[777] = float("nan")
+    return vectors, bases
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(
+    "kind", ["plain", "tiny", "beyond", "vast", "uneven", "spikes", "close", "equal", "zeros", "nan"]
+)
+@pytest.mark.skipif(native.why_not("_C") is not None, reason="seme._C is not built: SEME_NATIVE=1")
+def test_screening_misses_nothing(kind, dtype):
+    """The k best of all scores, and no others but for rounding; the lowest labels of equal ones; any thread count."""
+    from seme.ops.resolve import nearest
+
+    gen = torch.Generator().manual_seed(6)
+    for count, width, labels in ((100, 33, 1300), (7, 700, 1040), (97, 1, 700), (1, 16, 64)):
+        vectors = torch.randn(count, width, generator=gen).to(dtype)
+        bases = torch.randn(max(labels, 800) if kind == "nan" else labels, width, generator=gen).to(dtype)
+        vectors, bases = awkward(kind, vectors, bases)
+        exact = (vectors.double() @ bases.double().T).abs()
+        size = vectors.double().norm(dim=1)[:, None] * bases.double().norm(dim=1)[None, :]
+        exact = exact.nan_to_num(nan=float("inf"))
+        doubt = torch.finfo(dtype).eps * width * size.nan_to_num(0).amax(1) + 1e-45
+        for k in (1, 5, 64):
+            scores, found = torch.empty(count, k, dtype=dtype), torch.empty(count, k, dtype=torch.int64)
+            nearest(vectors, bases, scores, found, 1)
+            assert (found.sort(1).values.diff(dim=1) > 0).all()
+            chosen = exact.gather(1, found)
+            best = exact.topk(k, dim=1).values
+            assert (chosen.amin(1) >= best[:, -1] - doubt).all()
+            assert (
+                (scores.double().abs().nan_to_num(nan=float("inf")) - chosen).nan_to_num(0).abs() <= doubt[:, None]
+            ).all()
+            if kind == "equal":  # rows 40 apart have the same score: of these the first ones
+                assert all(
+                    row[row % 40 == f].max() == f + 40 * (int((row % 40 == f).sum()) - 1)
+                    for row in found
+                    for f in (row % 40).unique().tolist()
+                )
+            if kind == "zeros":
+                assert torch.equal(found[0].sort().values, torch.arange(k))
+            again = torch.empty_like(found), torch.empty_like(scores)
+            nearest(vectors, bases, again[1], again[0], 3)
+            assert torch.equal(again[0].sort(1).values, found.sort(1).values)
 
 
 # how ops are called

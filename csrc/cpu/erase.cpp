@@ -1,149 +1,15 @@
-// The labels nearest to each vector, from dot products that come tile by tile, and the least squares on them. This
-// file is built with fused multiply-adds: its sums are held to an error bound, not to the bit.
+// The least squares of the op `resolve`. Built with fused multiply-adds: sums are held to an error bound, not to the
+// bit.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "../parallel.h"
-#include "tile.h"
+#include "nearest.h"
 
 namespace seme::cpu {
 namespace {
-
-constexpr int64_t kMost = 64;  // greatest k
-
-// A label and its score; the better one comes first in a sorted list.
-template <class C>
-struct Candidate {
-    typename C::T value;
-    typename C::Key magnitude;
-    int64_t number;
-
-    static SEME_INLINE Candidate of(typename C::T score, int64_t label) { return {score, C::key(score), label}; }
-    SEME_INLINE typename C::T score() const { return value; }
-    SEME_INLINE typename C::Key key() const { return magnitude; }
-    SEME_INLINE int64_t label() const { return number; }
-    SEME_INLINE bool operator<(const Candidate& other) const {
-        return magnitude != other.magnitude ? magnitude > other.magnitude : number < other.number;
-    }
-};
-
-// In one integer, which is quicker to compare: 31 bits of key, 32 of the label from the top down, the sign.
-template <>
-struct Candidate<ComputeF32> {
-    uint64_t bits;
-
-    static SEME_INLINE Candidate of(float score, int64_t label) {
-        const uint64_t key = uint64_t(ComputeF32::key(score)), sign = bit_cast<uint32_t>(score) >> 31;
-        return {key << 33 | uint64_t(uint32_t(~label)) << 1 | sign};
-    }
-    SEME_INLINE float score() const { return bit_cast<float>(uint32_t(bits >> 33) | uint32_t(bits) << 31); }
-    SEME_INLINE int32_t key() const { return int32_t(bits >> 33); }
-    SEME_INLINE int64_t label() const { return int64_t(uint32_t(~(bits >> 1))); }
-    SEME_INLINE bool operator<(const Candidate& other) const { return bits > other.bits; }
-};
-
-template <class C>
-struct Nearest {
-    using T = typename C::T;
-    using Key = typename C::Key;
-    static constexpr int64_t kStep = 32, kLanes = 8;  // columns that one test covers
-    static constexpr int64_t kRoom = 256;             // candidates before the worst are dropped
-
-    static SEME_INLINE void run(const Matrix* dots, int64_t first, const Matrix* scores, int64_t* labels, int64_t begin,
-                                int64_t end) {
-        const int64_t k = scores->cols;
-        Candidate<C> found[kRoom];
-        for (int64_t i = begin; i < end; ++i) {
-            T* score = scores->at<T>(i);
-            int64_t* label = labels + i * k;
-            int64_t n = 0;
-            for (; n < k && label[n] >= 0; ++n) found[n] = Candidate<C>::of(score[n], label[n]);
-            n = scan(dots->at<T>(i), dots->cols, first, k, found, n);
-            for (int64_t j = 0; j < k; ++j) {
-                score[j] = j < n ? found[j].score() : T(0);
-                label[j] = j < n ? found[j].label() : -1;
-            }
-        }
-    }
-
-    // Most columns are not among the best, so a step of them is tested at once, then a vector of them.
-    static SEME_INLINE int64_t scan(const T* x, int64_t cols, int64_t first, int64_t k, Candidate<C>* found,
-                                    int64_t n) {
-        Key least = n < k ? first_bound(x, cols, k) : worst(found, n);
-        int64_t at = 0;
-        for (; at + kStep <= cols; at += kStep) {
-            if (!any_above<kStep>(x + at, least)) continue;
-            for (int64_t j = at; j < at + kStep; j += kLanes)
-                if (any_above<kLanes>(x + j, least)) add(x, j, j + kLanes, first, k, found, n, least);
-        }
-        add(x, at, cols, first, k, found, n, least);
-        return n > k ? drop(found, n, k) : n;
-    }
-
-    static SEME_INLINE void add(const T* x, int64_t begin, int64_t end, int64_t first, int64_t k, Candidate<C>* found,
-                                int64_t& n, Key& least) {
-        for (int64_t j = begin; j < end; ++j) {
-            const auto candidate = Candidate<C>::of(x[j], first + j);
-            if (candidate.key() <= least) continue;  // of equal ones the earlier label stays
-            found[n++] = candidate;
-            if (n < kRoom) continue;
-            n = drop(found, n, k);
-            least = worst(found, n);
-        }
-    }
-
-    template <int64_t N>
-    static SEME_INLINE bool any_above(const T* x, Key least) {
-        Key any = 0;
-        for (int64_t j = 0; j < N; ++j) any |= Key(magnitude(x[j]) > least);
-        return any != 0;
-    }
-
-    static SEME_INLINE Key magnitude(T x) { return bit_cast<Key>(x) & std::numeric_limits<Key>::max(); }
-
-    // What the k-th best key exceeds for certain: the greatest ones of k groups of columns are k keys, so it is at
-    // least the least of these.
-    static SEME_INLINE Key first_bound(const T* x, int64_t cols, int64_t k) {
-        const int64_t group = cols / k / kLanes * kLanes;
-        if (group == 0) return -1;
-        Key bound = C::kGreatestKey;
-        for (int64_t g = 0; g < k; ++g) {
-            Key greatest = 0;
-            for (int64_t j = 0; j < group; ++j) greatest = std::max(greatest, magnitude(x[g * group + j]));
-            bound = std::min(bound, greatest);
-        }
-        return bound - 1;
-    }
-
-    static SEME_INLINE Key worst(const Candidate<C>* found, int64_t n) {
-        Key key = found[0].key();
-        for (int64_t j = 1; j < n; ++j) key = std::min(key, found[j].key());
-        return key;
-    }
-
-    // Drops all but the k best of n; how many there are then.
-    static int64_t drop(Candidate<C>* found, int64_t n, int64_t k) {
-        std::nth_element(found, found + k - 1, found + n);
-        return k;
-    }
-};
-
-// Vectors of 32 bytes; GCC takes wider ones apart badly where there is no AVX-512.
-template <class T>
-struct Wide {
-    typedef T Vector __attribute__((vector_size(32)));
-    typedef T Memory __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
-    static constexpr int64_t kLanes = 32 / sizeof(T);
-
-    static SEME_INLINE Vector load(const T* x) { return *reinterpret_cast<const Memory*>(x); }
-    static SEME_INLINE double fold(const Vector& v) {
-        double sum = 0;
-        for (int64_t l = 0; l < kLanes; ++l) sum += double(v[l]);
-        return sum;
-    }
-};
 
 // The Cholesky factor of a Gram matrix, column by column; one whose pivot is too small depends on those before it and
 // is left out.
@@ -263,9 +129,9 @@ struct Erase {
             for (int64_t j = 0; j < i + 4; j += 2) {
                 typename W::Vector sum[4][2] = {};
                 for (int64_t x = 0; x < n; x += W::kLanes) {
-                    const auto b0 = W::load(rows[j] + x), b1 = W::load(rows[j + 1] + x);
+                    const typename W::Vector b0 = W::load(rows[j] + x), b1 = W::load(rows[j + 1] + x);
                     for (int64_t r = 0; r < 4; ++r) {
-                        const auto a = W::load(rows[i + r] + x);
+                        const typename W::Vector a = W::load(rows[i + r] + x);
                         sum[r][0] += a * b0;
                         sum[r][1] += a * b1;
                     }
@@ -312,15 +178,6 @@ struct Erase {
 };
 
 }  // namespace
-
-void nearest(const Matrix& dots, int64_t first, const Matrix& scores, int64_t* labels, int threads) {
-    parallel_blocks(dots.rows, threads, [&](int64_t begin, int64_t end) {
-        if (dots.dtype == DType::F64)
-            run_best<Nearest<ComputeF64>>(&dots, first, &scores, labels, begin, end);
-        else
-            run_best<Nearest<ComputeF32>>(&dots, first, &scores, labels, begin, end);
-    });
-}
 
 void erase(const Matrix& vectors, const Matrix& bases, const Matrix& scores, int64_t* labels, double dependent,
            const Matrix& residual, int threads) {
