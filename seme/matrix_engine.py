@@ -152,7 +152,7 @@ class MatrixEngine:
         from seme.semantics.bases import SemanticBases
 
         base = self.plan.models[self.plan.donor]
-        return SemanticBases.from_checkpoint(base.checkpoint.path)
+        return SemanticBases.from_checkpoint(base.checkpoint.path, roles=self.plan.config.roles)
 
     def _load(self, tensor: TensorPlan, model: int, start: int, stop: int) -> torch.Tensor:
         import torch

@@ -173,6 +173,22 @@ def test_roles_of_the_recipe(folders, tmp_path):
     assert base.keys() != read(tmp_path / "out").keys()
 
 
+def test_the_head_named_in_the_recipe_gives_the_bases(folders, tmp_path):
+    """Embedding and head with each other's names; the merge is that of the models with their own names."""
+    swap = {"model.embed_tokens.weight": "lm_head.weight", "lm_head.weight": "model.embed_tokens.weight"}
+    swapped = []
+    for i, folder in enumerate(folders):
+        state = {swap.get(n, n): t for n, t in read(folder).items()}
+        swapped.append(make.raw(tmp_path / f"m{i}", state, json.loads((folders[0] / "config.json").read_text())))
+    elect = {"rule": "elect"}
+    override = [{"filter": "embed_tokens", "role": "head"}, {"filter": "lm_head", "role": "vocabulary"}]
+    merge(recipe(swapped, roles=override, parameters=elect), tmp_path / "named")
+    merge(recipe(folders, parameters=elect), tmp_path / "plain")
+    named, plain = read(tmp_path / "named"), read(tmp_path / "plain")
+    for name, tensor in plain.items():
+        assert torch.equal(named[swap.get(name, name)], tensor), name
+
+
 def test_mistakes_are_found_before_bytes(folders, tmp_path):
     headless = [
         make.raw(tmp_path / f"h{i}", {"layers.0.fc.weight": torch.randn(8, 4)}, {"hidden_size": 4}) for i in range(3)

@@ -213,8 +213,10 @@ def workspace(role: TensorRole, shape: tuple[int, ...], experts: int, arguments:
     whole = 3 * 4 * out * width if flipped else 0
     if experts * out < width and describe(role, shape, arguments).startswith("project"):
         rows = experts * out
-        return whole + 4 * (rows * width + 3 * rows * rows + 2 * out * width)
-    return whole + 4 * (3 * width * width + 2 * out * width)
+        return whole + 4 * (rows * width + 3 * rows * rows + out * width)
+    tall = experts * width <= out
+    square = max((experts + 2 if tall else 3) * width**2, 5 * min(out, width) ** 2)  # sums and solve, then eigenvectors
+    return whole + 4 * (square + out * width)
 
 
 def uses_bases(arguments: Mapping[str, Any]) -> bool:
@@ -378,8 +380,9 @@ def _project(
 ) -> None:
     """Rule ``project``: ``sum_m T_m C_m`` is summed up, and one system solved for it.
 
-    Two matrices in x in and one out x in are held, whatever the number of experts. With many more rows than columns and
-    nothing to flatten the shares P_m are formed and applied in one pass instead (n + 2 matrices in x in).
+    Two matrices in x in and one out x in are held, whatever the number of experts. With many more rows than columns it
+    costs less to solve for the shares P_m and to sum up ``T_m P_m`` (n + 2 matrices in x in); the rows are then
+    written as they are made, unless they are flattened, which takes all of them.
     """
     import torch
 
@@ -389,8 +392,8 @@ def _project(
 
     stack = matrix.stack
     experts, options = stack.group.experts, stack.context.options()
-    exponent = _exponent(matrix, weight, flatten)
-    tall = exponent == 1 and len(experts) * matrix.width <= matrix.out
+    exponent = 1 - flatten * (1 - _coherence(_inner_products(matrix), weight)) if flatten else 1.0
+    tall = len(experts) * matrix.width <= matrix.out
     total = matrix.zeros(matrix.width, matrix.width)
     moments: list[torch.Tensor] = []
     weighted = matrix.zeros(0 if tall else matrix.out, matrix.width)
@@ -419,62 +422,82 @@ def _project(
     solve = _Solver(total, exact=rho < 1e-3)
     if entry:
         entry.finish(solve(torch.cat(entry.moved)).chunk(len(experts)))
-    if tall:
-        shares = [solve(moment) for moment in moments]
+    if not tall:
+        for where in matrix.ranges(1):
+            weighted[where] = solve(weighted[where])
+    else:
+        for m, moment in enumerate(moments):
+            moments[m] = solve(moment)
+        if exponent == 1:
+            for where, base, tensors in matrix.stream(*experts):
+                out = project_erase(base, tensors, moments, scale=scale, out_dtype=stack.out_dtype, **options)
+                matrix.put(where, out)
+            return
+        weighted = matrix.zeros(matrix.out, matrix.width)
         for where, base, tensors in matrix.stream(*experts):
-            out = project_erase(base, tensors, shares, scale=scale, out_dtype=stack.out_dtype, **options)
-            matrix.put(where, out)
-        return
-    for where in matrix.ranges(1):
-        weighted[where] = solve(weighted[where])
-    matrix.add(_raise(weighted, exponent), scale)
+            for tensor, shares in zip(tensors, moments):
+                delta_project(base, tensor, shares, out=weighted[where], **options)
+        moments.clear()
+    del total, solve
+    _raise(weighted, exponent)
+    matrix.add(weighted, scale)
 
 
-def _exponent(matrix: Matrix, weight: Sequence[float], flatten: float) -> float:
-    """q of the merged spectrum: 1 where all experts agree, ``1 - flatten`` where they are orthogonal.
+def _inner_products(matrix: Matrix) -> torch.Tensor:
+    """``<T_m, T_k>`` of all experts, [n, n] float64."""
+    import torch
 
-    The coherence is ``(|sum_m T_m|^2 / sum_m |T_m|^2 - 1) / (n - 1)`` over the n experts that have a weight and moved.
+    experts = matrix.stack.group.experts
+    found = torch.zeros(len(experts), len(experts), dtype=torch.float64, device=matrix.stack.context.device)
+    for where, base, tensors in matrix.stream(*experts):
+        deltas = matrix.zeros(len(experts), where.stop - where.start, matrix.width)
+        origin = base.to(deltas.dtype)
+        for delta, tensor in zip(deltas, tensors):
+            torch.sub(tensor.to(deltas.dtype), origin, out=delta)
+        by_row = deltas.transpose(0, 1)
+        found += (by_row @ by_row.mT).sum(0, dtype=torch.float64)
+    return found
+
+
+def _coherence(inner: torch.Tensor, weight: Sequence[float]) -> float:
+    """How far the n task vectors that have a weight and are not zero agree: 0 if they are orthogonal, 1 if equal.
+
+    ``(|sum_m T_m|^2 / sum_m |T_m|^2 - 1) / (n - 1)``, from their inner products. 1 for fewer than two, and where
+    squares overflow.
     """
+    counted = [m for m, w in enumerate(weight) if w > 0 and float(inner[m, m]) != 0]
+    chosen = inner[counted][:, counted]
+    alone = float(chosen.diagonal().sum())
+    if len(counted) < 2 or not 1e-30 < alone < 1e30:
+        return 1.0
+    return min(1.0, max(0.0, (float(chosen.sum()) / alone - 1) / (len(counted) - 1)))
+
+
+def _raise(delta: torch.Tensor, exponent: float) -> None:
+    """``U S V^T`` to ``U S^q V^T`` of the same Frobenius norm, in place, by eigenvectors of the smaller Gram matrix."""
     import torch
 
-    experts = [m for m, w in zip(matrix.stack.group.experts, weight) if w > 0]
-    if flatten == 0:
-        return 1.0
-    together, alone = 0.0, [0.0] * len(experts)
-    for _, base, tensors in matrix.stream(*experts):
-        dtype = matrix.stack.arithmetic
-        total = torch.zeros_like(base, dtype=dtype)
-        for m, tensor in enumerate(tensors):
-            delta = tensor.to(dtype) - base.to(dtype)
-            total += delta
-            alone[m] += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
-        together += float(torch.linalg.vector_norm(total, dtype=torch.float64)) ** 2
-    moved = sum(a > 0 for a in alone)
-    if moved < 2:
-        return 1.0
-    return 1 - flatten * (1 - min(1.0, max(0.0, (together / sum(alone) - 1) / (moved - 1))))
+    from seme.ops._matrix import add_upper, mirror_upper, tile_rows, tiles
 
-
-def _raise(delta: torch.Tensor, exponent: float) -> torch.Tensor:
-    """``U S V^T`` as ``U S^q V^T`` of the same Frobenius norm, through the eigenvalues of the smaller Gram matrix."""
-    import torch
-
-    from seme.ops._matrix import add_upper, mirror_upper
-
-    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    if exponent == 1 or not 1e-15 < norm < 1e15:
-        return delta
+    if exponent == 1:
+        return
     rows, columns = delta.shape
     side = delta if columns <= rows else delta.T
     gram = delta.new_zeros(side.shape[1], side.shape[1])
     add_upper(side, side, gram)
     mirror_upper(gram)
+    if not 1e-30 < float(gram.diagonal().sum()) < 1e30:
+        return
     values, vectors = torch.linalg.eigh(gram)
     factor = torch.maximum(values, SMALLEST * values[-1]) ** ((exponent - 1) / 2)
-    raised = side @ ((vectors * factor) @ vectors.mT)
-    raised *= norm / float(torch.linalg.vector_norm(raised, dtype=torch.float64))
-    flat: torch.Tensor = raised if columns <= rows else raised.T
-    return flat
+    values.clamp_(min=0)
+    factor *= (values.sum() / (values * factor.square()).sum()).sqrt()
+    power = (vectors * factor) @ vectors.mT
+    for part in tiles(len(side), tile_rows(len(power))):
+        if columns <= rows:
+            delta[part] = delta[part] @ power
+        else:
+            delta[:, part] = power @ delta[:, part]
 
 
 def _is_wide(matrix: Matrix, rho: float, sigma: float) -> bool:
@@ -507,8 +530,8 @@ def _project_wide(matrix: Matrix, weight: Sequence[float], scale: float, rho: fl
         delta = stacked[blocks[m]]
         for where, base, (tensor,) in matrix.stream(expert):
             torch.sub(tensor.to(delta.dtype), base.to(delta.dtype), out=delta[where])
-        norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-        if not 1e-15 < norm < 1e15 and norm != 0:
+        norm = float((delta[:, None] @ delta[:, :, None]).sum(dtype=torch.float64)) ** 0.5
+        if not 1e-15 < norm < 1e15 and delta.any():
             return False
         if entry:
             entry.energy[m] = norm**2
@@ -525,6 +548,9 @@ def _project_wide(matrix: Matrix, weight: Sequence[float], scale: float, rho: fl
             mixed[:, block].diagonal().add_(w * rho / root)
     if entry:
         entry.overlaps([[float(gram[a, b].square().sum()) for b in blocks] for a in blocks])
+    scales = torch.tensor([1 / r if r else 0.0 for r in roots], dtype=torch.float64)
+    traces = torch.tensor([[float(gram[a, b].diagonal().sum()) for b in blocks] for a in blocks], dtype=torch.float64)
+    coherence = _coherence(scales[:, None] * traces * scales, weight)
     gram.diagonal().add_(sum(weight) * rho)
     solve = _Solver(gram, exact=rho < 1e-3)
     if entry:
@@ -532,7 +558,9 @@ def _project_wide(matrix: Matrix, weight: Sequence[float], scale: float, rho: fl
         for m, block in enumerate(blocks):
             moved[m * PROBES : (m + 1) * PROBES, block] = entry.sketches[m].signs.to(moved.dtype) @ mixed[:, block]
         entry.finish((solve(moved) @ stacked).chunk(len(experts)))
-    matrix.add(_raise(solve(mixed) @ stacked, _exponent(matrix, weight, flatten)), scale)
+    merged = solve(mixed) @ stacked
+    _raise(merged, 1 - flatten * (1 - coherence))
+    matrix.add(merged, scale)
     return True
 
 

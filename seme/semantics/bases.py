@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from seme.checkpoint import ModelRef
+    from seme.roles import Override
     from seme.semantics.head import Head, Index
 
 CUT = 1e-10
@@ -120,7 +122,13 @@ class SemanticBases:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path | ModelRef, *, fold_norm: bool = True, device: str = "cpu", cache: bool = True
+        cls,
+        path: str | Path | ModelRef,
+        *,
+        fold_norm: bool = True,
+        device: str = "cpu",
+        cache: bool = True,
+        roles: Sequence[Override] = (),
     ) -> SemanticBases:
         """The bases of a model folder, weight file or hub repository.
 
@@ -129,12 +137,13 @@ class SemanticBases:
             fold_norm: the gain of the final norm belongs to the head; False takes the head alone.
             device: ``cpu``, ``cuda`` or ``cuda:N``.
             cache: look for the inverse in the cache, and keep it there. Its key is the content of head and gain.
+            roles: a recipe's entries ``roles`` (:func:`seme.roles.parse`), for a head that is not found by its name.
 
         Raises:
             CheckpointError: not a model, or one without a head that can be used.
             BackendError: the device is not there.
         """
-        return cls(of_checkpoint(path, fold_norm, device), cached=cache)
+        return cls(of_checkpoint(path, fold_norm, device, roles), cached=cache)
 
     @classmethod
     def from_head(cls, weight: torch.Tensor, gain: torch.Tensor | None = None) -> SemanticBases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,8 @@ from seme.errors import CheckpointError, SemeError
 
 if TYPE_CHECKING:
     import torch
+
+    from seme.roles import Override
 
     Index = slice | torch.Tensor
     """Rows: a slice with both ends given and no step, or indices (int64, on the CPU) in any order."""
@@ -91,7 +93,7 @@ def of_matrix(weight: torch.Tensor, gain: torch.Tensor | None) -> Head:
     return Head("head", weight.shape[0], weight.shape[1], weight.dtype, weight.device, read, gain)
 
 
-def of_checkpoint(path: str | Path | ModelRef, fold_norm: bool, device: str) -> Head:
+def of_checkpoint(path: str | Path | ModelRef, fold_norm: bool, device: str, roles: Sequence[Override] = ()) -> Head:
     """The head of a checkpoint: read from its file a tile at a time on the CPU, held on any other device.
 
     Raises:
@@ -107,7 +109,8 @@ def of_checkpoint(path: str | Path | ModelRef, fold_norm: bool, device: str) -> 
     checkpoint = Checkpoint(resolve(path if isinstance(path, ModelRef) else ModelRef(str(path))))
     try:
         try:
-            space = latent(checkpoint.config, {name: t.shape for name, t in checkpoint.tensors.items()})
+            shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
+            space = latent(checkpoint.config, shapes, roles)
         except CheckpointError as e:
             raise CheckpointError(f"{checkpoint.path}: {e}") from e
         stored = _find(checkpoint, space.head, (None, space.hidden_size))
