@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dry_run:
         rows = [[k, str(v.inputs), f"{v.bytes(options.elements) / 1e6:.0f}"] for k, v in chosen(cases(0)).items()]
         print(table(["op, tensors", "inputs", "MB"], rows))
-        found = chosen(matrix.sizes(options.width, options.labels))
+        found = chosen(matrix.sizes(options.width, options.labels).products())
         rows = [[k, f"{2 * m * n * p / 1e12:.2f}", str(dtype)] for k, (_, (m, n, p), dtype) in found.items()]
         print(table(["op, tensors", "Tflop", "product"], rows))
         return
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = [t[: options.width**2].view(options.width, options.width) for t in tensors]
     products = {}
     for key, product in chosen(matrix.cases(models, options.labels)).items():
-        for backend in product.backends(options.backends):
+        for backend in matrix.backends_of(product.op, options.backends):
             matrix.verify(product.op, backend)
         products[key] = matrix.measure(product, options.rounds, options.backends, queue)
         results.put(key, products[key])
