@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     merge.add_argument("--verbose", "-v", action="store_true", help="with --dry-run: every tensor and its parameters")
     merge.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it is not empty, once the merge is complete"
+        "--overwrite", action="store_true", help="replace OUT if it is a model, once the merge is complete"
     )
     merge.add_argument("--memory", default="256MiB", metavar="SIZE", help="limit of the buffers (default: %(default)s)")
     merge.add_argument("--threads", type=int, metavar="N", help="chunks computed at once (default: all cores)")
@@ -112,15 +112,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _merge(args: argparse.Namespace) -> int:
     from seme import plan as planning
+    from seme.checkpoint import local_path
     from seme.config import load
     from seme.merging import make_options, run
     from seme.runtime import choose
     from seme.sizes import format_size, parse_size
 
     options = make_options(args.memory, args.threads, args.nonfinite)
-    plan = planning.make(
-        load(Path(args.config)), args.out, parse_size(args.out_shard_size, "--out-shard-size"), args.overwrite
-    )
+    shard = parse_size(args.out_shard_size, "--out-shard-size")
+    plan = planning.make(load(Path(args.config)), args.out, shard, args.overwrite, local_path(args.config))
     if args.dry_run:
         from seme.report.plan import plan_as_dict, plan_as_text
 

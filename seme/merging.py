@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seme import plan as planning
-from seme.checkpoint import Writer
+from seme.checkpoint import Writer, local_path
 from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
 from seme.config import load
 from seme.dtypes import DType
@@ -67,7 +67,7 @@ def merge(
         threads: chunks computed at once; default: the cores of this process.
         backend: auto, cpu, torch, triton or cuda.
         device: cpu or cuda[:N].
-        overwrite: replace an existing, non-empty folder once the new one is complete.
+        overwrite: replace an existing model folder once the new one is complete.
         out_shard_size: largest output file, bytes or e.g. ``"5GB"``.
         nonfinite: inf or NaN in an input: ``error`` (named with tensor and count), ``keep`` or ``zero``.
         watch: called about ten times a second with the progress.
@@ -79,7 +79,9 @@ def merge(
         SemeError: a mistake in recipe, checkpoints or target; the target is as it was.
     """
     options = make_options(memory, threads, nonfinite)
-    plan = planning.make(load(config), Path(out), parse_size(out_shard_size, "out_shard_size"), overwrite)
+    shard = parse_size(out_shard_size, "out_shard_size")
+    recipe = None if isinstance(config, Mapping) else local_path(str(config))
+    plan = planning.make(load(config), Path(out), shard, overwrite, recipe)
     return run(plan, Path(out), options, backend, device, overwrite, watch)
 
 

@@ -115,14 +115,21 @@ class Plan:
             model.checkpoint.close()
 
 
-def make(config: MergeConfig, target: Path | None = None, max_shard: int = 5 * 10**9, overwrite: bool = False) -> Plan:
+def make(
+    config: MergeConfig,
+    target: Path | None = None,
+    max_shard: int = 5 * 10**9,
+    overwrite: bool = False,
+    recipe: Path | None = None,
+) -> Plan:
     """Check everything and plan the merge.
 
     Args:
         config: the recipe.
         target: the output folder, to be checked as well; None plans only.
         max_shard: bytes of tensor data per output file.
-        overwrite: an existing output folder may be replaced.
+        overwrite: an existing output folder may be replaced, if it is a model.
+        recipe: the file of the recipe, which the output folder must not hold.
 
     Raises:
         SemeError: the first mistake found in recipe, checkpoints or target.
@@ -138,7 +145,7 @@ def make(config: MergeConfig, target: Path | None = None, max_shard: int = 5 * 1
     paths = [resolve(ref) for ref, _ in entries]
     tokenizer = resolve(config.tokenizer_source) if config.tokenizer_source else paths[base or 0]
     if target is not None:
-        _check_target(target, [*paths, tokenizer], overwrite)
+        _check_target(target, [*paths, tokenizer], overwrite, recipe)
     models: list[Model] = []
     try:
         for (ref, given), path in zip(entries, paths):
@@ -216,8 +223,10 @@ def _check_recipe(config: MergeConfig, method: Method, inputs: int) -> None:
                 raise ConfigError(f"{parameter.where}: shared by all models; move it to the top-level parameters")
 
 
-def _check_target(target: Path, sources: list[Path], overwrite: bool) -> None:
+def _check_target(target: Path, sources: list[Path], overwrite: bool, recipe: Path | None) -> None:
     resolved = target.resolve()
+    if recipe is not None and resolved in recipe.resolve().parents:
+        raise TargetError(f"{target}: holds the recipe {recipe}; choose another output folder")
     for source in sources:
         folder = _folder(source).resolve()
         if resolved == folder or folder in resolved.parents or resolved in folder.parents:

@@ -194,9 +194,24 @@ def test_target_with_something_in_it(capsys, here):
     code, _, err = seme(capsys, "merge", "recipe.yml", "out")
     assert code == 2
     assert "out: not empty; choose another folder or pass --overwrite" in err
+    code, _, err = seme(capsys, "merge", "recipe.yml", "out", "--overwrite")
+    assert code == 2
+    assert "out: not a model" in err
     assert os.listdir(here / "out") == ["precious"]
+    (here / "out" / "config.json").touch()
     assert seme(capsys, "merge", "recipe.yml", "out", "--overwrite", "-q")[0] == 0
     assert not (here / "out" / "precious").exists()
+
+
+@pytest.mark.parametrize("recipe", ["out/recipe.yml", "../{}/out/recipe.yml"])
+def test_target_with_the_recipe_in_it(recipe, capsys, here):
+    write(here / "out", decoder(3))
+    (here / "recipe.yml").rename(here / "out" / "recipe.yml")
+    recipe = recipe.format(here.name)
+    code, _, err = seme(capsys, "merge", recipe, "out", "--overwrite")
+    assert code == 2
+    assert f"out: holds the recipe {recipe}; choose another output folder" in err
+    assert len(read(here / "out")) == 30
 
 
 def test_json_errors_and_debug(capsys):

@@ -9,6 +9,7 @@ import yaml
 
 import seme
 from seme.dtypes import bfloat16
+from seme.errors import TargetError
 from seme.merging import merge, with_dtype
 
 from . import models as make
@@ -109,6 +110,7 @@ def test_targets_that_are_here_or_behind_a_link(recipe, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "old").touch()
+    (tmp_path / "real" / "config.json").touch()
     (tmp_path / "link").symlink_to("real")
     monkeypatch.chdir(tmp_path / "empty")
     merge(recipe, ".")
@@ -118,6 +120,16 @@ def test_targets_that_are_here_or_behind_a_link(recipe, tmp_path, monkeypatch):
     assert (tmp_path / "real" / "model.safetensors").is_file()
     assert not (tmp_path / "real" / "old").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"base", "tuned", "empty", "real", "link"}
+
+
+def test_a_target_that_holds_the_recipe(recipe, tmp_path):
+    file = write(tmp_path / "out", decoder(1)) / "recipe.yml"
+    file.write_text(yaml.safe_dump(recipe))
+    for config in (file, str(file)):
+        with pytest.raises(TargetError, match=r"out: holds the recipe .*/out/recipe.yml; choose another"):
+            merge(config, tmp_path / "out", overwrite=True)
+    merge(file.read_text(), tmp_path / "out", overwrite=True)
+    assert not file.exists(), "text is no file, and the folder a model"
 
 
 def test_custom_code_is_copied(tmp_path):

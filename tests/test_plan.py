@@ -472,7 +472,19 @@ class TestTargets:
         Path("out").mkdir()
         Path("out/x").touch()
         self.refused("out", "out: not empty; choose another folder or pass --overwrite")
+        self.refused("out", "out: not a model (no config.json and no weights)", overwrite=True)
+        Path("out/config.json").touch()
         plan(target=Path("out"), overwrite=True)
+
+    @pytest.mark.parametrize("recipe", ["out/recipe.yml", "out/recipes/recipe.yml", "link/recipe.yml"])
+    def test_that_hold_the_recipe(self, recipe: str, models: Path) -> None:
+        Path("out/recipes").mkdir(parents=True)
+        Path("link").symlink_to("out")
+        Path(recipe).touch()
+        config = load({"merge_method": "linear", "models": [{"model": "a"}], "parameters": {"weight": 1}})
+        with pytest.raises(TargetError, match=rf"^out: holds the recipe {recipe}; choose another output folder$"):
+            planning.make(config, Path("out"), overwrite=True, recipe=Path(recipe))
+        planning.make(config, Path("out2"), recipe=Path(recipe)).close()
 
     def test_a_file(self, models: Path) -> None:
         Path("out").touch()

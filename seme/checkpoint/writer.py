@@ -19,6 +19,16 @@ from seme.checkpoint.safetensors import make_header
 from seme.dtypes import DType
 from seme.errors import TargetError
 
+OF_A_MODEL = (
+    "config.json",
+    "seme_config.yml",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Files by which a folder is known to be a model, and may be replaced by another one."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -186,6 +196,7 @@ class Writer:
             _fsync_path(self.staging)
             previous = None
             if self.overwrite and self.target.exists():
+                check_free(self.target, self.overwrite)
                 previous = self._beside("previous")
                 if previous.exists():
                     shutil.rmtree(previous)
@@ -232,7 +243,7 @@ class Writer:
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Refuse a target that is a file, or a folder with something in it unless that may be replaced.
+    """Refuse a target that is a file, or a folder with something in it unless that is a model to be replaced.
 
     Raises:
         TargetError: it cannot be used.
@@ -240,10 +251,28 @@ def check_free(target: Path, overwrite: bool) -> None:
     try:
         if target.exists() and not target.is_dir():
             raise TargetError(f"{target}: exists and is not a folder")
-        if target.is_dir() and any(target.iterdir()) and not overwrite:
+        if not target.is_dir() or not any(target.iterdir()):
+            return
+        if not overwrite:
             raise TargetError(f"{target}: not empty; choose another folder or pass --overwrite")
+        for what, folder in (("working", "."), ("home", "~")):
+            if _holds(target, folder):
+                raise TargetError(f"{target}: is or holds the {what} directory, which is never replaced; name another")
+        if not any(p.match(pattern) for p in target.iterdir() for pattern in OF_A_MODEL):
+            raise TargetError(
+                f"{target}: not a model (no config.json and no weights), --overwrite replaces nothing else; "
+                "choose another folder"
+            )
     except OSError as e:
-        raise TargetError(f"{target}: {e.strerror}; choose another output folder") from e
+        raise TargetError(f"{target}: {e.strerror or e}; choose another output folder") from e
+
+
+def _holds(target: Path, folder: str) -> bool:
+    try:
+        resolved = Path(os.path.expanduser(folder)).resolve()
+    except FileNotFoundError:  # the working directory is no more
+        return False
+    return target.resolve() in (resolved, *resolved.parents)
 
 
 def _allocate(descriptor: int, size: int) -> None:

@@ -358,6 +358,59 @@ class TestOverwrite:
         assert names(tmp_path) == {"out"}
         assert "extra.txt" not in names(tmp_path / "out")
 
+    @pytest.mark.parametrize(
+        "file",
+        [
+            "config.json",
+            "seme_config.yml",
+            "model.safetensors",
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        ],
+    )
+    def test_a_folder_with_any_file_of_a_model_is_one(self, file: str, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / file).touch()
+        merge(tmp_path / "out", overwrite=True)
+        assert names(tmp_path / "out") == {"model.safetensors", "config.json"}
+
+    def test_other_folders_are_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        for file in ("thesis.tex", "notes.json", "lora.safetensors", "data.bin"):
+            (tmp_path / "out" / file).write_text("x")
+        before = snapshot(tmp_path / "out")
+        with pytest.raises(TargetError, match=r"out: not a model \(no .*\), --overwrite replaces nothing else; choose"):
+            Writer(tmp_path / "out", layout(LISTED, 40), overwrite=True)
+        assert snapshot(tmp_path / "out") == before
+        assert names(tmp_path) == {"out"}
+
+    def test_nor_one_that_took_the_place_while_merging(self, tmp_path: Path) -> None:
+        with Writer(tmp_path / "out", layout(LISTED, 40), overwrite=True) as writer:
+            fill(writer)
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.tex").write_text("x")
+            with pytest.raises(TargetError, match="out: not a model"):
+                writer.commit()
+        assert names(tmp_path / "out") == {"thesis.tex"}
+        assert names(tmp_path) == {"out"}
+
+    @pytest.mark.parametrize("inside", ["", "deep/inside"])
+    @pytest.mark.parametrize("what", ["working", "home"])
+    def test_nor_where_one_works_or_lives(
+        self, what: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = old_model(tmp_path / "out")
+        (tmp_path / "out" / inside).mkdir(parents=True, exist_ok=True)
+        if what == "working":
+            monkeypatch.chdir(tmp_path / "out" / inside)
+        else:
+            monkeypatch.setenv("HOME", str(tmp_path / "out" / inside))
+        with pytest.raises(TargetError, match=f"out: is or holds the {what} directory, which is never replaced"):
+            Writer(tmp_path / "out", layout(LISTED, 40), overwrite=True)
+        assert snapshot(tmp_path / "out") == before
+
 
 class TestTargets:
     def test_a_file(self, tmp_path: Path) -> None:
