@@ -228,9 +228,9 @@ def _check_target(target: Path, sources: list[Path], overwrite: bool, recipe: Pa
     if recipe is not None and resolved in recipe.resolve().parents:
         raise TargetError(f"{target}: holds the recipe {recipe}; choose another output folder")
     for source in sources:
-        folder = _folder(source).resolve()
-        if resolved == folder or folder in resolved.parents or resolved in folder.parents:
-            raise TargetError(f"{target}: is, holds or lies in the input model {source}; choose another output folder")
+        for place in (source.resolve(), source.parent.resolve() / source.name):  # a link's end, and the link itself
+            if resolved in (place, *place.parents) or (source.is_dir() and place in resolved.parents):
+                raise TargetError(f"{target}: is, holds or lies in the input model {source}; choose another folder")
     check_free(target, overwrite)
 
 

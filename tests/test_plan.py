@@ -497,6 +497,24 @@ class TestTargets:
         words = ": is, holds or lies in the input model "
         self.refused(target, f"{Path(target)}{words}", overwrite=True)
 
+    def test_beside_an_input_that_is_one_file(self, models: Path) -> None:
+        for name in ("a", "b"):
+            Path(name, "model.safetensors").rename(f"{name}.safetensors")
+        files = {"models": ["a.safetensors", "b.safetensors"]}
+        for target in ("merged", str(models / "new" / "merged")):
+            plan(target=Path(target), **files)
+        self.refused(".", ".: is, holds or lies in the input model a.safetensors", overwrite=True, **files)
+        self.refused("a.safetensors", "a.safetensors: is, holds or lies in the input model a.safetensors", **files)
+
+    def test_that_hold_a_file_or_the_link_to_it(self, models: Path) -> None:
+        Path("links").mkdir()
+        Path("links/a.safetensors").symlink_to(models / "a" / "model.safetensors")
+        files = {"models": ["links/a.safetensors"]}
+        for target in ("a", "links"):
+            words = f"{target}: is, holds or lies in the input model links/a.safetensors"
+            self.refused(target, words, overwrite=True, **files)
+        plan(target=Path("a/merged"), **files)
+
     def test_that_hold_the_tokenizers_source(self, models: Path) -> None:
         tokenizer(Path("words"), ["x", "y"])
         self.refused("words", "words: is, holds or lies in", overwrite=True, tokenizer_source="words")
