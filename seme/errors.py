@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import reprlib
 
 _REPR = reprlib.Repr()
@@ -14,6 +15,12 @@ def brief(value: object) -> str:
         return _REPR.repr(value)[:100]
     except ValueError:  # an integer of more digits than Python prints
         return "a number of thousands of digits"
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused; with the remedy where the limit is the process's own."""
+    said = error.strerror or str(error)
+    return f"{said}; raise the limit with ulimit -n" if error.errno == errno.EMFILE else said
 
 
 class SemeError(ValueError):

@@ -64,7 +64,7 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor], config: Any = CONFI
         folder: made if need be.
         tensors: by name.
         config: config.json; None writes none.
-        layout: ``single``, ``shards`` (three, with an index), ``bin`` or ``bin shards``.
+        layout: ``single``, ``shards`` (three, with an index), ``30 shards``, ``bin`` or ``bin shards``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
@@ -72,7 +72,8 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor], config: Any = CONFI
     stem, suffix = ("pytorch_model", "bin") if layout.startswith("bin") else ("model", "safetensors")
     parts = [dict(tensors)]
     if layout.endswith("shards"):
-        parts = [dict(list(tensors.items())[i::3]) for i in range(3)]
+        count = int(layout.partition(" ")[0]) if layout[0].isdigit() else 3
+        parts = [dict(list(tensors.items())[i::count]) for i in range(count)]
     weight_map = {}
     for i, part in enumerate(parts):
         file = f"{stem}.{suffix}" if len(parts) == 1 else f"{stem}-{i + 1:05d}-of-{len(parts):05d}.{suffix}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -336,6 +337,26 @@ def test_interrupt_leaves_nothing(here):
     assert child.returncode == 130, err
     assert "interrupted; nothing was written" in err
     assert untouched(here, before)
+
+
+@pytest.mark.parametrize("shards", ["inputs", "output", "both"])
+def test_more_shards_than_open_files(shards, here):
+    """Here 24 files may be open, and there are 30 shards of each."""
+    for seed, name in enumerate(("base", "a")):
+        if shards != "output":
+            (here / name / "model.safetensors").unlink()
+            write(here / name, decoder(seed), layout="30 shards")
+    done = subprocess.run(
+        [sys.executable, "-m", "seme", "merge", "recipe.yml", "out", "--threads", "2", "--json"]
+        + ([] if shards == "inputs" else ["--out-shard-size", "1"]),
+        capture_output=True,
+        text=True,
+        env=child_environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((here / "out").glob("*.safetensors"))) == (1 if shards == "inputs" else 30)
+    assert len(read(here / "out")) == 30
 
 
 def child_environment():

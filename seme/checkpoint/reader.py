@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
+from seme.checkpoint.descriptors import Descriptors
 from seme.checkpoint.index import read_json, weight_files
 from seme.checkpoint.safetensors import Stored, check_name, read_header
-from seme.errors import CheckpointError, SemeError, brief
+from seme.errors import CheckpointError, SemeError, brief, reason
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ class Checkpoint:
         self.config: dict[str, Any] = {}
         if (self.path / "config.json").is_file():
             self.config = read_json(self.path / "config.json")
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors = Descriptors(os.O_RDONLY)
         self._loaded: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
         self.tensors: dict[str, Stored] = {}
@@ -75,9 +76,9 @@ class Checkpoint:
             # Files from before torch 1.6 are no zip archives and cannot be mapped.
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as e:
-            reason = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
+            said = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
             raise CheckpointError(
-                f"{file}: refused by the weights-only loader ({reason}); convert it to safetensors where you trust it"
+                f"{file}: refused by the weights-only loader ({said}); convert it to safetensors where you trust it"
             ) from e
         state = state.get("state_dict", state) if isinstance(state, dict) else state
         listed = []
@@ -114,16 +115,16 @@ class Checkpoint:
             return
         done, want = 0, len(buffer)
         try:
-            descriptor = self._descriptor(tensor.file)
-            while done < want:  # one call gives at most 2 GiB
-                got = os.preadv(descriptor, [buffer[done:]], tensor.offset + start + done)
-                if got == 0:
-                    raise CheckpointError(
-                        f"{tensor.file}: tensor {tensor.name}: ends {want - done} bytes early; was it changed?"
-                    )
-                done += got
+            with self._descriptors.use(tensor.file) as descriptor:
+                while done < want:  # one call gives at most 2 GiB
+                    got = os.preadv(descriptor, [buffer[done:]], tensor.offset + start + done)
+                    if got == 0:
+                        raise CheckpointError(
+                            f"{tensor.file}: tensor {tensor.name}: ends {want - done} bytes early; was it changed?"
+                        )
+                    done += got
         except OSError as e:
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: read failed: {e.strerror}") from e
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: read failed: {reason(e)}") from e
 
     def _copy_loaded(self, name: str, start: int, buffer: memoryview) -> None:
         import torch
@@ -136,19 +137,10 @@ class Checkpoint:
         flat = tensor.view(-1)[start // size : (start + len(buffer)) // size]
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat.view(torch.uint8))
 
-    def _descriptor(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            return self._descriptors[file]
-
     def close(self) -> None:
         """Close the files."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-            self._loaded.clear()
+        self._descriptors.close()
+        self._loaded.clear()
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from seme import dtypes
 from seme.dtypes import DType
-from seme.errors import CheckpointError, brief
+from seme.errors import CheckpointError, brief, reason
 
 MAX_HEADER = 100_000_000
 """Bytes of header that are accepted, the limit of the format's own library."""
@@ -58,7 +58,7 @@ def read_header(path: Path) -> list[Stored]:
                 )
             raw = f.read(length)
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+        raise CheckpointError(f"{path}: cannot be read: {reason(e)}") from e
     return _parse(path, raw, 8 + length, size)
 
 

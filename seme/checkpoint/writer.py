@@ -7,17 +7,23 @@ place, so a reader sees the old state or the whole new model, never a part.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seme.checkpoint.descriptors import Descriptors
 from seme.checkpoint.safetensors import make_header
 from seme.dtypes import DType
-from seme.errors import TargetError
+from seme.errors import TargetError, reason
 
 OF_A_MODEL = (
     "config.json",
@@ -94,31 +100,28 @@ class Writer:
         """
         self.target, self.layout, self.overwrite = target, plan, overwrite
         self.staging = self._beside("staging")
-        self._descriptors: list[int] = []
+        self._descriptors = Descriptors(os.O_RDWR)
         self._lock: int | None = None
-        self._committed = False
+        self._staged = self._committed = False
         folders = (target.parent, *target.parent.parents)
         self._made = [folder for folder in folders if not folder.exists()]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            previous = self._beside("previous")
-            if previous.exists() and not target.exists():  # a commit was cut off between its two renames
-                previous.rename(target)
+            self._restore()  # where a commit was cut off between its two renames
             check_free(target, overwrite)
             if self.staging.exists():  # of a merge that was killed
                 shutil.rmtree(self.staging)
+            self._staged = True
             self.staging.mkdir()
             for name, header, size in zip(plan.files, plan.headers, plan.sizes):
-                descriptor = os.open(self.staging / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-                self._descriptors.append(descriptor)
-                _allocate(descriptor, size)
-                _pwrite(descriptor, memoryview(header), 0)
+                with open(self.staging / name, "xb", buffering=0) as file:
+                    _allocate(file.fileno(), size)
+                    _pwrite(file.fileno(), memoryview(header), 0)
         except BaseException as e:
             self.abort()
             if isinstance(e, OSError):
-                where = e.filename or target
-                raise TargetError(f"{where}: {e.strerror}; choose another output folder or free the space") from e
+                raise TargetError(f"{e.filename or target}: {reason(e)}{_remedy(e)}") from e
             raise
 
     def _beside(self, what: str) -> Path:
@@ -146,10 +149,12 @@ class Writer:
     def write(self, tensor: str, start: int, data: memoryview) -> None:
         """Put bytes at byte ``start`` of a tensor. Safe from many threads on disjoint ranges."""
         slot = self.layout.slots[tensor]
+        file = self.staging / self.layout.files[slot.shard]
         try:
-            _pwrite(self._descriptors[slot.shard], data, slot.offset + start)
+            with self._descriptors.use(file) as descriptor:
+                _pwrite(descriptor, data, slot.offset + start)
         except OSError as e:
-            raise TargetError(f"{self.staging / self.layout.files[slot.shard]}: write failed: {e.strerror}") from e
+            raise TargetError(f"{file}: write failed: {reason(e)}") from e
 
     def index(self) -> None:
         """Write ``model.safetensors.index.json``, if there is more than one shard."""
@@ -169,7 +174,7 @@ class Writer:
         try:
             (self.staging / name).write_text(value, encoding="utf-8")
         except OSError as e:
-            raise TargetError(f"{self.staging / name}: write failed: {e.strerror}") from e
+            raise TargetError(f"{self.staging / name}: write failed: {reason(e)}") from e
 
     def copy(self, source: Path) -> None:
         """Copy a file or a folder of another model under its own name."""
@@ -179,54 +184,59 @@ class Writer:
             else:
                 shutil.copyfile(source, self.staging / source.name)
         except OSError as e:
-            raise TargetError(f"{source}: cannot be copied to {self.staging}: {e.strerror or e}") from e
+            raise TargetError(f"{source}: cannot be copied to {self.staging}: {reason(e)}") from e
 
     def commit(self) -> None:
-        """Data to disk, then the folder into its place.
+        """Data to disk, then the folder into its place. Ctrl-C waits until the place is taken and the old model gone.
 
         Raises:
             TargetError: syncing or renaming failed; the target is as it was.
         """
         try:
-            for descriptor in self._descriptors:
-                os.fsync(descriptor)
-            for path in self.staging.rglob("*"):
-                if path.name not in self.layout.files:
-                    _fsync_path(path)
-            _fsync_path(self.staging)
-            previous = None
-            if self.overwrite and self.target.exists():
+            for path in (*self.staging.rglob("*"), self.staging):
+                _fsync(path)
+            if self.overwrite:
                 check_free(self.target, self.overwrite)
-                previous = self._beside("previous")
-                if previous.exists():
-                    shutil.rmtree(previous)
-                self.target.rename(previous)
-            try:
-                self.staging.rename(self.target)
-            except OSError:
-                if previous is not None:
-                    previous.rename(self.target)
-                raise
-            self._committed = True
-            _fsync_path(self.target.parent)
-            if previous is not None:
-                shutil.rmtree(previous, ignore_errors=True)
+            with _uninterrupted():
+                self._replace()
         except OSError as e:
-            raise TargetError(f"{self.target}: cannot be completed: {e.strerror}") from e
+            raise TargetError(f"{self.target}: cannot be completed: {reason(e)}") from e
+
+    def _replace(self) -> None:
+        previous = self._beside("previous")
+        replaces = self.overwrite and self.target.exists()
+        if replaces and previous.exists():
+            shutil.rmtree(previous)
+        try:
+            if replaces:
+                self.target.rename(previous)
+            self.staging.rename(self.target)
+        except BaseException:
+            self._restore()
+            raise
+        self._committed = True
+        _fsync(self.target.parent)
+        if replaces:
+            _remove(previous)
+
+    def _restore(self) -> None:
+        """Give the target back that was moved away for a new one which did not come."""
+        previous = self._beside("previous")
+        if previous.exists() and not self.target.exists():
+            previous.rename(self.target)
 
     def abort(self) -> None:
         """Remove the staging folder and all that is in it, and the folders above it that were made for it."""
-        if self._lock is not None:  # else the staging folder is another merge's
-            shutil.rmtree(self.staging, ignore_errors=True)
-        self._close()
-        for folder in self._made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with _uninterrupted():
+            self._descriptors.close()
+            if self._staged:
+                _remove(self.staging)
+            self._unlock()
+            for folder in self._made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
-    def _close(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._beside("lock").unlink(missing_ok=True)
             os.close(self._lock)
@@ -236,10 +246,12 @@ class Writer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._committed:
-            self._close()
-        else:
+        if not self._committed:
             self.abort()
+            return
+        with _uninterrupted():
+            self._descriptors.close()
+            self._unlock()
 
 
 def check_free(target: Path, overwrite: bool) -> None:
@@ -289,9 +301,43 @@ def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def _fsync_path(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; one that resists is no error of the merge, but is told."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        warnings.warn(f"seme: {folder}: cannot be removed: {reason(e)}; delete it by hand", stacklevel=2)
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "; choose another output folder or free the space"
+    return "" if error.errno == errno.EMFILE else "; choose another output folder"
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C, and the other signals to stop that Python handles, to the end of the block."""
+    arrived: list[int] = []
+    handlers: dict[signal.Signals, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python handles none
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if callable(signal.getsignal(number)):
+                    handlers[number] = signal.signal(number, lambda number, _: arrived.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])

@@ -6,9 +6,12 @@ import errno
 import fcntl
 import json
 import os
+import shutil
+import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +180,56 @@ class TestNothingRemainsWithoutCommit:
         assert names(tmp_path) == {"out"}
         assert names(tmp_path / "out") == {"model.safetensors", "config.json"}
 
+    def test_and_no_file_is_open_while_it_is_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, held = shutil.rmtree, []
+
+        def rmtree(path: Path, *args: Any, **kwargs: Any) -> None:
+            links = (Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd"))
+            held.extend(os.readlink(link) for link in links if link.exists() and ".safetensors" in os.readlink(link))
+            real(path, *args, **kwargs)
+
+        with Writer(tmp_path / "out", layout(LISTED, 40)) as writer:
+            fill(writer)
+            monkeypatch.setattr(shutil, "rmtree", rmtree)
+        assert held == []
+        assert names(tmp_path) == set()
+
+    def test_what_resists_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def rmtree(*_: Any, **__: Any) -> None:
+            raise OSError(errno.EACCES, "Permission denied")
+
+        writer = Writer(tmp_path / "out", layout(LISTED, 40))
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        with pytest.warns(
+            UserWarning, match="out.seme-staging: cannot be removed: Permission denied; delete it by hand"
+        ):
+            writer.abort()
+        assert names(tmp_path) == {".out.seme-staging"}
+
+    def test_when_interrupted_again_meanwhile(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = shutil.rmtree
+
+        def rmtree(*args: Any, **kwargs: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+            real(*args, **kwargs)
+            signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "new" / "out", layout(LISTED, 40)):
+            raise RuntimeError
+        assert names(tmp_path) == set()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_in_another_thread(self, tmp_path: Path) -> None:
+        def work() -> None:
+            merge(tmp_path / "out")
+            Writer(tmp_path / "other", layout(LISTED, 40)).abort()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert names(tmp_path) == {"out"}
+
 
 class TestLock:
     def test_a_second_merge_to_the_same_target_is_refused(self, tmp_path: Path) -> None:
@@ -344,6 +397,72 @@ class TestOverwrite:
         assert snapshot(tmp_path / "out") == before
         assert names(tmp_path) == {"out"}
 
+    @pytest.mark.parametrize("step", ["before rename away", "after rename away", "before rename into"])
+    def test_and_after_a_commit_that_was_interrupted(
+        self, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = old_model(tmp_path / "out")
+        real: Callable[..., Any] = Path.rename
+
+        def rename(self: Path, target: Path) -> Any:
+            if self.name == (".out.seme-staging" if step == "before rename into" else "out"):
+                if step.startswith("after"):
+                    real(self, target)
+                raise KeyboardInterrupt
+            return real(self, target)
+
+        with Writer(tmp_path / "out", layout(LISTED, 40), overwrite=True) as writer:
+            fill(writer)
+            monkeypatch.setattr(Path, "rename", rename)
+            with pytest.raises(KeyboardInterrupt):
+                writer.commit()
+        assert snapshot(tmp_path / "out") == before
+        assert names(tmp_path) == {"out"}
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_a_signal_waits_until_the_new_one_is_in_place_and_the_old_one_gone(
+        self, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        real: Callable[..., Any] = Path.rename
+        remove = shutil.rmtree
+
+        def rename(self: Path, target: Path) -> None:
+            signal.raise_signal(number)
+            real(self, target)
+            signal.raise_signal(number)
+
+        def rmtree(*args: Any, **kwargs: Any) -> None:
+            signal.raise_signal(number)
+            remove(*args, **kwargs)
+
+        old_model(tmp_path / "out")
+        handler = signal.signal(number, stop)
+        try:
+            with Writer(tmp_path / "out", layout(LISTED, 40), overwrite=True) as writer:
+                fill(writer)
+                monkeypatch.setattr(Path, "rename", rename)
+                monkeypatch.setattr(shutil, "rmtree", rmtree)
+                with pytest.raises(KeyboardInterrupt):
+                    writer.commit()
+            assert signal.getsignal(number) is stop
+        finally:
+            signal.signal(number, handler)
+        assert names(tmp_path / "out") == set(layout(LISTED, 40).files)
+        assert names(tmp_path) == {"out"}
+
+    def test_an_old_model_that_resists_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def rmtree(*_: Any, **__: Any) -> None:
+            raise OSError(errno.EACCES, "Permission denied")
+
+        old_model(tmp_path / "out")
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        with pytest.warns(UserWarning, match="out.seme-previous: cannot be removed: Permission denied; delete it"):
+            merge(tmp_path / "out", overwrite=True)
+        assert names(tmp_path / "out") == {"model.safetensors", "config.json"}
+
     def test_a_commit_cut_off_between_its_renames_is_taken_back(self, tmp_path: Path) -> None:
         before = old_model(tmp_path / ".out.seme-previous")
         with pytest.raises(TargetError, match="not empty"):
@@ -432,6 +551,36 @@ class TestTargets:
         with pytest.raises(TargetError, match=r"out: Permission denied; choose another output folder"):
             Writer(tmp_path / "out", layout(LISTED, 40))
         assert names(tmp_path) == set()
+
+    @pytest.mark.parametrize(
+        ("number", "remedy"),
+        [
+            (errno.ENOSPC, "; choose another output folder or free the space"),
+            (errno.EDQUOT, "; choose another output folder or free the space"),
+            (errno.EROFS, "; choose another output folder"),
+            (errno.EMFILE, "; raise the limit with ulimit -n"),
+        ],
+    )
+    def test_the_remedy_is_that_of_the_error(
+        self, number: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fallocate(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "posix_fallocate", fallocate)
+        with pytest.raises(TargetError) as e:
+            Writer(tmp_path / "out", layout(LISTED, 40))
+        assert str(e.value) == f"{tmp_path / 'out'}: {os.strerror(number)}{remedy}"
+
+    def test_a_staging_folder_that_is_a_link(self, tmp_path: Path) -> None:
+        before = old_model(tmp_path / "elsewhere")
+        (tmp_path / ".out.seme-staging").symlink_to("elsewhere")
+        with pytest.raises(
+            TargetError, match=r"out: Cannot call rmtree on a symbolic link; choose another output folder$"
+        ):
+            Writer(tmp_path / "out", layout(LISTED, 40))
+        assert snapshot(tmp_path / "elsewhere") == before
+        assert names(tmp_path) == {"elsewhere", ".out.seme-staging"}
 
 
 @pytest.mark.parametrize("most", [1, 13, 4096])
