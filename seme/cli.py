@@ -4,42 +4,73 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seme import __version__
-from seme.errors import SemeError
+from seme.errors import LateInterrupt, SemeError
 
 if TYPE_CHECKING:
     from seme.engine import Progress
+
+COMPLETE = "; the merge was complete"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 2 for a mistake of the user's; 1 for a fault; 130 when interrupted.
+        0; 2 for a mistake of the user's; 1 for a fault; 128 + the signal's number when stopped, so 130 for Ctrl-C.
     """
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    with _signals():
+        args = argparse.Namespace(debug=False, state="")
+        try:
+            args = _parser().parse_args(arguments)
+            code: int = args.run(args)
+            return code
+        except SemeError as e:
+            if args.debug:
+                raise
+            return _fail(args, str(e), 2)
+        except KeyboardInterrupt as e:
+            number = e.args[0] if e.args else signal.SIGINT
+            by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+            state = COMPLETE if isinstance(e, LateInterrupt) else args.state
+            return _fail(args, f"interrupted{by}{state}", 128 + number)
+        except BrokenPipeError:
+            return 1
+        except Exception as e:
+            if args.debug:
+                raise
+            return _fail(args, f"{type(e).__name__}: {e} (a fault of seme's or the machine's; --debug shows where)", 1)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop as Ctrl-C does; after one of them the process only cleans up, and ignores more."""
+    before: dict[int, Any] = {}
+
+    def stop(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        before.clear()
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python handles none
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored, as nohup asks for, or not Python's
+                before[number] = signal.signal(number, stop)
     try:
-        code: int = args.run(args)
-        return code
-    except SemeError as e:
-        if args.debug:
-            raise
-        return _fail(args, str(e), 2)
-    except KeyboardInterrupt:
-        return _fail(args, "interrupted" + ("; nothing was written" if args.run is _merge else ""), 130)
-    except BrokenPipeError:
-        return 1
-    except Exception as e:
-        if args.debug:
-            raise
-        return _fail(args, f"{type(e).__name__}: {e} (a fault of seme's or the machine's; --debug shows where)", 1)
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _fail(args: argparse.Namespace, message: str, code: int) -> int:
@@ -59,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.add_argument("--json", action="store_true", help="print JSON for machines")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, state="")
         return sub
 
     merge = command("merge", _merge, "merge models as a mergekit-style YAML recipe says")
@@ -118,6 +149,7 @@ def _merge(args: argparse.Namespace) -> int:
     from seme.runtime import choose
     from seme.sizes import format_size, parse_size
 
+    args.state = "; nothing was written"
     options = make_options(args.memory, args.threads, args.nonfinite)
     shard = parse_size(args.out_shard_size, "--out-shard-size")
     plan = planning.make(load(Path(args.config)), args.out, shard, args.overwrite, local_path(args.config))
@@ -137,6 +169,7 @@ def _merge(args: argparse.Namespace) -> int:
     display = _Display(quiet=args.quiet or args.json)
     with display:
         result = run(plan, args.out, options, args.backend, args.device, args.overwrite, display.update)
+    args.state = COMPLETE
     peak = _peak_memory()
     if args.json:
         found: dict[str, Any] = {

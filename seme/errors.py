@@ -53,3 +53,7 @@ class BackendError(SemeError):
 
 class TargetError(SemeError):
     """The output folder cannot be used: not empty, inside a source, no space, no permission."""
+
+
+class LateInterrupt(KeyboardInterrupt):
+    """An interrupt that came when the new model was in place already."""

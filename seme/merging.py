@@ -15,7 +15,7 @@ from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
 from seme.config import load
 from seme.dtypes import DType
 from seme.engine import Engine, Options, Progress, chunk_bytes
-from seme.errors import ConfigError
+from seme.errors import ConfigError, LateInterrupt
 from seme.matrix_engine import MatrixEngine
 from seme.plan import Plan
 from seme.report.card import model_card
@@ -77,6 +77,7 @@ def merge(
 
     Raises:
         SemeError: a mistake in recipe, checkpoints or target; the target is as it was.
+        LateInterrupt: a KeyboardInterrupt after which the target is the new model; with any other it is as it was.
     """
     options = make_options(memory, threads, nonfinite)
     shard = parse_size(out_shard_size, "out_shard_size")
@@ -104,6 +105,7 @@ def run(
     watch: Callable[[Progress], None] | None = None,
 ) -> MergeResult:
     """Run a plan made for the folder ``out``; see :func:`merge`."""
+    writer = None
     try:
         chosen, make_runtime = choose(backend, device, options.threads)
         check_options(plan, options)
@@ -121,6 +123,10 @@ def run(
                 writer.json("merge_report.json", report)
             writer.text("README.md", model_card(plan, out.resolve().name, report))
             writer.commit()
+    except KeyboardInterrupt as e:
+        if writer is not None and writer.committed:
+            raise LateInterrupt(*e.args) from e
+        raise
     finally:
         plan.close()
     done = engine.progress

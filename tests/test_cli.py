@@ -3,9 +3,11 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -311,32 +313,108 @@ def test_bases_of_what_is_no_model(capsys, here, cache):
         assert message in err
 
 
-def test_interrupt_leaves_nothing(here):
-    """SIGINT to a real process in the middle of a merge."""
-    large = {"w": torch.zeros(150_000_000, dtype=torch.bfloat16)}
+@pytest.fixture
+def handlers():
+    """What a signal does is as before; the command line leaves the process deaf when it was stopped."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model that takes a second to merge."""
+    return write(tmp_path_factory.mktemp("large"), {"w": torch.zeros(150_000_000, dtype=torch.bfloat16)}, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "message"),
+    [
+        (signal.SIGINT, 1, "interrupted; nothing was written"),
+        (signal.SIGINT, 50, "interrupted; nothing was written"),
+        (signal.SIGTERM, 1, "interrupted by SIGTERM; nothing was written"),
+        (signal.SIGHUP, 1, "interrupted by SIGHUP; nothing was written"),
+    ],
+)
+def test_signals_leave_nothing(number, times, message, here, large):
+    """To a real process in the middle of a merge; a key held down sends many."""
     for name in ("base", "a"):
-        write(here / name, large, CONFIG)
+        shutil.rmtree(here / name)
+        (here / name).symlink_to(large)
     before = sorted(os.listdir(here))
-    command = [sys.executable, "-m", "seme", "merge", "recipe.yml", "out", "--threads", "1"]
     child = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "seme", "merge", "recipe.yml", "new/folder/out", "--threads", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=child_environment(),
         # A shell's background jobs ignore SIGINT, and so would the child of one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
-    staging = here / ".out.seme-staging"
+    staging = here / "new" / "folder" / ".out.seme-staging"
     deadline = time.monotonic() + 60
     while not staging.exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     assert staging.exists(), "the merge was over before it could be interrupted"
-    child.send_signal(signal.SIGINT)
+    for _ in range(times):
+        child.send_signal(number)
+        time.sleep(0.001)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 130, err
-    assert "interrupted; nothing was written" in err
+    assert (child.returncode, err) == (128 + number, f"seme: error: {message}\n")
     assert untouched(here, before)
+
+
+def test_a_signal_before_there_are_arguments(capsys, monkeypatch, handlers):
+    monkeypatch.setattr(cli, "_parser", lambda: signal.raise_signal(signal.SIGINT))
+    assert seme(capsys, "env") == (130, "", "seme: error: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_signals_that_are_ignored_stay_so_and_others_are_given_back(capsys, monkeypatch, handlers):
+    """As nohup and the background jobs of a shell ask for."""
+    seen = []
+
+    def env(_):
+        seen.extend(signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+        return 0
+
+    monkeypatch.setattr(cli, "_env", env)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert seme(capsys, "env")[0] == 0
+    assert seen[0] == signal.SIG_IGN
+    assert callable(seen[1])
+    assert seen[1] is seen[2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_in_another_thread(capsys):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["merge", "recipe.yml", "out", "-q"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+@pytest.mark.parametrize("when", ["removing", "printing"])
+@pytest.mark.parametrize("how", ["signal", "exception"])
+def test_an_interrupt_that_comes_too_late_says_so(how, when, capsys, here, monkeypatch, handlers):
+    write(here / "out", decoder(5))
+
+    def interrupt(*_, **__):
+        if how == "exception":
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    if when == "removing":
+        monkeypatch.setattr(shutil, "rmtree", interrupt)
+    else:
+        monkeypatch.setattr(cli, "_peak_memory", interrupt)
+    code, out, err = seme(capsys, "merge", "recipe.yml", "out", "--overwrite")
+    assert (code, out, err) == (130, "", "seme: error: interrupted; the merge was complete\n")
+    assert (here / "out" / "seme_config.yml").exists()
 
 
 @pytest.mark.parametrize("shards", ["inputs", "output", "both"])

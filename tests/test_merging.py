@@ -1,6 +1,7 @@
 """seme.merge: the folder it leaves is a model that transformers loads, with everything that belongs to it."""
 
 import json
+import shutil
 import stat
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 import yaml
 
 import seme
+from seme.checkpoint import Writer
 from seme.dtypes import bfloat16
-from seme.errors import TargetError
+from seme.errors import LateInterrupt, TargetError
 from seme.merging import merge, with_dtype
 
 from . import models as make
@@ -130,6 +132,23 @@ def test_a_target_that_holds_the_recipe(recipe, tmp_path):
             merge(config, tmp_path / "out", overwrite=True)
     merge(file.read_text(), tmp_path / "out", overwrite=True)
     assert not file.exists(), "text is no file, and the folder a model"
+
+
+def test_an_interrupt_after_the_rename_is_a_late_one(recipe, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    write(tmp_path / "out", decoder(1))
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "rmtree", interrupt)
+        with pytest.raises(LateInterrupt):
+            merge(recipe, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "seme_config.yml").is_file()
+    monkeypatch.setattr(Writer, "index", interrupt)
+    with pytest.raises(KeyboardInterrupt) as e:
+        merge(recipe, tmp_path / "new")
+    assert e.type is KeyboardInterrupt
+    assert not (tmp_path / "new").exists()
 
 
 def test_custom_code_is_copied(tmp_path):

@@ -90,7 +90,11 @@ def layout(tensors: list[tuple[str, DType, tuple[int, ...]]], max_shard: int) ->
 
 
 class Writer:
-    """The staging folder of one merge. Use as a context manager: without ``commit()`` nothing remains of it."""
+    """The staging folder of one merge. Use as a context manager: without ``commit()`` nothing remains of it.
+
+    Attributes:
+        committed: the new model is in place.
+    """
 
     def __init__(self, target: Path, plan: Layout, overwrite: bool = False) -> None:
         """Create the staging folder and the shards at full size.
@@ -102,7 +106,7 @@ class Writer:
         self.staging = self._beside("staging")
         self._descriptors = Descriptors(os.O_RDWR)
         self._lock: int | None = None
-        self._staged = self._committed = False
+        self._staged = self.committed = False
         folders = (target.parent, *target.parent.parents)
         self._made = [folder for folder in folders if not folder.exists()]
         try:
@@ -214,7 +218,7 @@ class Writer:
         except BaseException:
             self._restore()
             raise
-        self._committed = True
+        self.committed = True
         _fsync(self.target.parent)
         if replaces:
             _remove(previous)
@@ -246,7 +250,7 @@ class Writer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self._committed:
+        if not self.committed:
             self.abort()
             return
         with _uninterrupted():
