@@ -116,18 +116,20 @@ class Matrix:
             start = self._offset + where.start * self.width
             flat = stack.load(model, start, start + (where.stop - where.start) * self.width)
             return flat.view(-1, self.width)
-        if model not in self._whole:
-            if not self._fits:  # flipped: its rows are columns of what is stored, so it is held whole; one at a time
-                for other in [m for m in self._whole if m != stack.group.base]:
-                    del self._whole[other]
+        if model not in self._whole:  # flipped: its rows are columns of what is stored, so it is held whole
             self._whole[model] = stack.load(model, self._offset, self._offset + self.out * self.width)
         if self._flipped:
             return self._whole[model].view(self.width, self.out).t()[where]
         return self._whole[model].view(self.out, self.width)[where]
 
-    def stream(self, *experts: int) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
-        """All rows of the base and of these experts (inputs of the group), the next ones read while these are used."""
-        base = self.stack.group.base
+    def stream(
+        self, *experts: int, base: int | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
+        """All rows of the base and of these experts (inputs of the group), the next ones read while these are used.
+
+        ``base``: an expert in the place of the base.
+        """
+        base = self.stack.group.base if base is None else base
         assert base is not None
         ranges = self.ranges(1 + len(experts))
 
@@ -135,6 +137,9 @@ class Matrix:
             return [self.rows(m, where) for m in (base, *experts)]
 
         if self._flipped:
+            if not self._fits:
+                for model in self._whole.keys() - {base, *experts, self.stack.group.base}:
+                    del self._whole[model]
             for where in ranges:
                 found = read(where)
                 yield where, found[0], found[1:]

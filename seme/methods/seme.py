@@ -210,7 +210,7 @@ def workspace(role: TensorRole, shape: tuple[int, ...], experts: int, arguments:
     rows, columns = shape[role.batch], prod(shape[role.batch + 1 :])
     flipped = role.transposed != _left(role, arguments["rule"], arguments["axis"])
     out, width = (columns, rows) if flipped else (rows, columns)
-    whole = 3 * 4 * out * width if flipped else 0
+    whole = (experts + 2) * 4 * out * width if flipped else 0
     if experts * out < width and describe(role, shape, arguments).startswith("project"):
         rows = experts * out
         return whole + 4 * (rows * width + 3 * rows * rows + out * width)
@@ -378,11 +378,11 @@ class _Sketch:
 def _project(
     matrix: Matrix, weight: Sequence[float], scale: float, rho: float, flatten: float, sigma: float, select: float
 ) -> None:
-    """Rule ``project``: ``sum_m T_m C_m`` is summed up, and one system solved for it.
+    """Rule ``project``: ``sum_m T_m P_m``, as ``T_r + sum_m (T_m - T_r) P_m`` for one expert r, as the P_m add up to I.
 
-    Two matrices in x in and one out x in are held, whatever the number of experts. With many more rows than columns it
-    costs less to solve for the shares P_m and to sum up ``T_m P_m`` (n + 2 matrices in x in); the rows are then
-    written as they are made, unless they are flattened, which takes all of them.
+    ``sum_m (T_m - T_r) C_m`` is summed up, and one system solved for it: two matrices in x in and one out x in are
+    held, whatever the number of experts. With many more rows than columns it costs less to solve for the shares P_m
+    and to sum up with them (n + 2 matrices in x in); without flattening no matrix out x in is held then.
     """
     import torch
 
@@ -394,10 +394,19 @@ def _project(
     experts, options = stack.group.experts, stack.context.options()
     exponent = 1 - flatten * (1 - _coherence(_inner_products(matrix), weight)) if flatten else 1.0
     tall = len(experts) * matrix.width <= matrix.out
+    # Where the sum of all C_k may be singular the shares add up to less than I; T_r is zero for the base.
+    exact = rho < 1e-3
+    origin = stack.group.base if exact else max(m for m, w in zip(experts, weight) if w > 0)
+    assert origin is not None
     total = matrix.zeros(matrix.width, matrix.width)
     moments: list[torch.Tensor] = []
-    weighted = matrix.zeros(0 if tall else matrix.out, matrix.width)
+    merged = matrix.zeros(0 if tall else matrix.out, matrix.width)
     entry = _Entry(matrix, len(experts)) if stack.context.report else None
+
+    def add_up(expert: int, factor: torch.Tensor) -> None:
+        for where, start, (tensor,) in matrix.stream(expert, base=origin):
+            delta_project(start, tensor, factor, out=merged[where], **options)
+
     for m, (expert, w) in enumerate(zip(experts, weight)):
         moment = matrix.zeros(matrix.width, matrix.width)
         for where, base, (tensor,) in matrix.stream(expert):
@@ -415,32 +424,32 @@ def _project(
             entry.moved[m] = entry.sketches[m].rows @ moment
         if tall:
             moments.append(moment)
-        else:
-            for where, base, (tensor,) in matrix.stream(expert):
-                delta_project(base, tensor, moment, out=weighted[where], **options)
+        elif expert != origin:
+            add_up(expert, moment)
         del moment
-    solve = _Solver(total, exact=rho < 1e-3)
+    solve = _Solver(total, exact)
     if entry:
         entry.finish(solve(torch.cat(entry.moved)).chunk(len(experts)))
-    if not tall:
-        for where in matrix.ranges(1):
-            weighted[where] = solve(weighted[where])
-    else:
-        for m, moment in enumerate(moments):
-            moments[m] = solve(moment)
-        if exponent == 1:
-            for where, base, tensors in matrix.stream(*experts):
-                out = project_erase(base, tensors, moments, scale=scale, out_dtype=stack.out_dtype, **options)
-                matrix.put(where, out)
-            return
-        weighted = matrix.zeros(matrix.out, matrix.width)
+    if tall and exponent == 1:
+        shares = [solve(moment) for moment in moments]
         for where, base, tensors in matrix.stream(*experts):
-            for tensor, shares in zip(tensors, moments):
-                delta_project(base, tensor, shares, out=weighted[where], **options)
-        moments.clear()
-    del total, solve
-    _raise(weighted, exponent)
-    matrix.add(weighted, scale)
+            out = project_erase(base, tensors, shares, scale=scale, out_dtype=stack.out_dtype, **options)
+            matrix.put(where, out)
+        return
+    if tall:
+        merged = matrix.zeros(matrix.out, matrix.width)
+        for expert, moment in zip(experts, moments):
+            if expert != origin:
+                add_up(expert, solve(moment))
+    else:
+        for where in matrix.ranges(1):
+            merged[where] = solve(merged[where])
+    del total, solve, moments
+    if origin != stack.group.base:
+        for where, base, (tensor,) in matrix.stream(origin):
+            merged[where] += tensor.to(merged.dtype) - base.to(merged.dtype)
+    _raise(merged, exponent)
+    matrix.add(merged, scale)
 
 
 def _inner_products(matrix: Matrix) -> torch.Tensor:

@@ -114,14 +114,10 @@ class MergeReport:
         frame = found.matrix()
         layers: dict[Layer, list[dict[str, Any]]] = {}
         for layer in sorted({layer for layer, _ in self._sketches}):
-            energies = []
-            for m in range(len(self.experts)):
-                rows = self._sketches.get((layer, m))
-                energies.append(
-                    torch.zeros(len(frame))
-                    if rows is None
-                    else (frame @ rows.to(frame.dtype).T).square().sum(1).float()
-                )
+            rows = [self._sketches.get((layer, m)) for m in range(len(self.experts))]
+            here = torch.cat([r for r in rows if r is not None]).to(frame.dtype)
+            squares = iter((frame @ here.T).square_().split([len(r) for r in rows if r is not None], 1))
+            energies = [torch.zeros(len(frame)) if r is None else next(squares).sum(1).float() for r in rows]
             stacked = torch.stack(energies)
             layers[layer] = []
             for energy in energies:
