@@ -12,6 +12,7 @@ A case is a call on matrices of a 7 B model: a square projection of 4096, 32 000
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import re
 import time
@@ -278,6 +279,7 @@ def resident(field: str) -> int:
 def peak(call: Callable[[], object]) -> float:
     """MiB that the resident set grows by during a call."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again without showing
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = resident("VmRSS")
     result = call()
