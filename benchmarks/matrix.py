@@ -322,10 +322,8 @@ def measure(case: Case, rounds: int, threads: int) -> dict[str, Any]:
 
 
 def project_flops(rows: int, width: int, experts: int) -> int:
-    """Of rule ``project`` without flattening: Gram matrices, products with C_m, a Cholesky factor, two triangular
-    systems.
-    """
-    return experts * 3 * rows * width**2 + width**3 // 3 + 2 * rows * width**2
+    """Of rule ``project`` without flattening: n Gram matrices, n - 1 products, one Cholesky factor and solve."""
+    return (experts + 2 * (experts - 1) + 2) * rows * width**2 + width**3 // 3
 
 
 def measure_project(models: Tensors, rounds: int, threads: int, peer: bool) -> dict[str, Any]:
