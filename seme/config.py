@@ -253,15 +253,23 @@ def _entry(entry: Any, where: str) -> ModelEntry:
     )
 
 
+_UNSUPPORTED = {
+    "lora": "merge the adapter into its model first; a recipe takes whole models",
+    "override_architecture": "not supported; the tensors come from the checkpoints: leave it out",
+}
+
+
 def _ref(value: Any, where: str) -> ModelRef:
+    """A model as text, as ``{path, revision}``, or as mergekit's ``{model: either of them}``, here with a revision."""
     if isinstance(value, Mapping):
-        inner = value.get("model", value)
-        if value.get("lora") is not None:
-            raise ConfigError(f"{where}.lora: merge the adapter into its model first; a recipe takes whole models")
-        if not isinstance(inner, Mapping):
-            return _ref(inner, f"{where}.model")
-        _check_keys(inner, ("path", "revision"), f"{where}.")
-        path, revision = inner.get("path"), inner.get("revision")
+        for key, remedy in _UNSUPPORTED.items():
+            if value.get(key) is not None:
+                raise ConfigError(f"{where}.{key}: {remedy}")
+        name = "model" if "model" in value else "path"
+        _check_keys(value, (name, "revision", *_UNSUPPORTED), f"{where}.")
+        path, revision = value.get(name), value.get("revision")
+        if name == "model" and revision is None:
+            return _ref(path, f"{where}.model")
         if not isinstance(path, str) or not path or not isinstance(revision, (str, type(None))):
             raise ConfigError(f"{where}: expected {{path: PATH, revision: REVISION}}")
         return ModelRef(path, revision)

@@ -89,6 +89,20 @@ class TestLoading:
             Path(name).mkdir()
             assert load({**RECIPE, "models": [{"model": name}]}).models[0].ref == ModelRef(name)
 
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "org/a@v2",
+            {"path": "org/a", "revision": "v2"},
+            {"model": "org/a@v2", "lora": None, "override_architecture": None},
+            {"model": "org/a", "revision": "v2"},
+            {"model": {"path": "org/a", "revision": "v2"}},
+        ],
+    )
+    def test_every_form_of_a_reference_keeps_its_revision(self, value: Any) -> None:
+        config = load({**RECIPE, "models": [{"model": value}], "base_model": value})
+        assert config.base_model == config.models[0].ref == ModelRef("org/a", "v2")
+
     def test_null_is_as_if_not_written(self) -> None:
         config = load({**RECIPE, "base_model": None, "parameters": None, "dtype": None, "tokenizer_source": None})
         assert (config.base_model, config.parameters, config.dtype, config.tokenizer_source) == (None, {}, None, None)
@@ -263,6 +277,18 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (
         {"models": [{"model": {"path": "a", "revison": "b"}}]},
         "models[0].model.revison: unknown key; did you mean 'revision'?",
+    ),
+    ({"base_model": {"model": "a", "revison": "b"}}, "base_model.revison: unknown key; did you mean 'revision'?"),
+    ({"base_model": {"model": {"path": "a", "revison": "b"}}}, "base_model.model.revison: unknown key; did you mean"),
+    ({"base_model": {"path": "a", "model": "b"}}, "base_model.path: unknown key; known: "),
+    (
+        {"base_model": {"model": {"path": "a"}, "revision": "b"}},
+        "base_model: expected {path: PATH, revision: REVISION}",
+    ),
+    ({"base_model": {"path": "a", "lora": "b"}}, "base_model.lora: merge the adapter into its model first"),
+    (
+        {"base_model": {"model": "a", "override_architecture": "X"}},
+        "base_model.override_architecture: not supported; the tensors come from the checkpoints",
     ),
     ({"models": [{"model": {"revision": "b"}}]}, "models[0].model: expected {path: PATH, revision: REVISION}"),
     (
