@@ -13,7 +13,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from seme import dtypes
 from seme.checkpoint.hub import ModelRef, local_path
 from seme.dtypes import DType
-from seme.errors import ConfigError, brief
+from seme.errors import ConfigError, brief, cannot_read
 
 if TYPE_CHECKING:
     from seme.roles import Override
@@ -62,6 +62,12 @@ class Parameter:
 
     value: Value
     where: str
+
+    def scalars(self) -> Iterator[Scalar]:
+        """Every value in it, of all conditions and anchors."""
+        for part in self.value if isinstance(self.value, tuple) else (self.value,):
+            value = part.value if isinstance(part, Condition) else part
+            yield from value if isinstance(value, tuple) else (value,)
 
     def at(self, tensor: str, t: float, kind: type) -> Scalar | None:
         """The value for one tensor at relative depth ``t`` in [0, 1]; None if no condition matches.
@@ -139,9 +145,11 @@ def load(config: Mapping[str, Any] | str | Path) -> MergeConfig:
         try:
             text = Path(config).expanduser().read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
-            raise ConfigError(f"{config}: recipe is not UTF-8 text") from e
-        except (OSError, ValueError, RuntimeError) as e:
-            raise ConfigError(f"{text[:300]}: recipe cannot be read: {getattr(e, 'strerror', e)}") from e
+            raise ConfigError(f"{config}: recipe is not UTF-8 text; save it as such") from e
+        except OSError as e:
+            raise ConfigError(f"{text[:300]}: recipe {cannot_read(e)}") from e
+        except (ValueError, RuntimeError) as e:  # a NUL in it, no such user
+            raise ConfigError(f"{text[:300]}: recipe cannot be read: {e}; correct the path") from e
     name = str(config) if is_file else "recipe"
     try:
         data = yaml.load(text, Loader=_unique_loader())

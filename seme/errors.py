@@ -23,6 +23,18 @@ def reason(error: OSError) -> str:
     return f"{said}; raise the limit with ulimit -n" if error.errno == errno.EMFILE else said
 
 
+def cannot_read(e: OSError) -> str:
+    """Why a file or folder cannot be read, and what to do."""
+    remedy = "look at the file and its disk"
+    if e.errno in (errno.EACCES, errno.EPERM):
+        remedy = "give yourself the permission (chmod u+rX)"
+    elif e.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+        remedy = "correct the path"
+    elif e.errno == errno.EMFILE:
+        return f"cannot be read: {reason(e)}"
+    return f"cannot be read: {e.strerror or e}; {remedy}"
+
+
 class SemeError(ValueError):
     """A mistake in the recipe, the checkpoints or the call; exit code 2 on the command line.
 

@@ -385,17 +385,23 @@ class TestMistakes:
         with pytest.raises(ConfigError, match=rf"^{file}:2: not valid YAML: key 'a' is given twice$"):
             load(file)
         file.write_bytes(b"a: \xff\n")
-        with pytest.raises(ConfigError, match=rf"^{file}: recipe is not UTF-8 text$"):
+        with pytest.raises(ConfigError, match=rf"^{file}: recipe is not UTF-8 text; save it as such$"):
             load(file)
 
     def test_of_file_names(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=rf"^{tmp_path}: recipe cannot be read: Is a directory$"):
+        with pytest.raises(
+            ConfigError, match=rf"^{tmp_path}: recipe cannot be read: Is a directory; correct the path$"
+        ):
             load(tmp_path)
-        with pytest.raises(ConfigError, match=r"^no/such.yml: recipe cannot be read: No such file or directory$"):
+        with pytest.raises(
+            ConfigError, match=r"^no/such.yml: recipe cannot be read: No such file or directory; correct the path$"
+        ):
             load("no/such.yml")
-        with pytest.raises(ConfigError, match=r"x: recipe cannot be read: File name too long$"):
+        with pytest.raises(ConfigError, match=r"x: recipe cannot be read: File name too long; correct the path$"):
             load("x" * 5000)
-        with pytest.raises(ConfigError, match=r"^a\\x00b: recipe cannot be read: embedded null byte$"):
+        with pytest.raises(
+            ConfigError, match=r"^a\\x00b: recipe cannot be read: embedded null byte; correct the path$"
+        ):
             load("a\0b")
 
     def test_aliases_do_not_multiply(self) -> None:

@@ -7,22 +7,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-from seme.errors import CheckpointError, brief
+from seme.checkpoint.safetensors import unique
+from seme.errors import CheckpointError, brief, cannot_read
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ``CheckpointError`` naming the file if it is not one."""
+def read_json(path: Path, **options: Any) -> dict[str, Any]:
+    """A JSON object from a file; ``CheckpointError`` naming the file if it is not one. Options as ``json.loads``."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), **options)
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+        raise CheckpointError(f"{path}: {cannot_read(e)}") from e
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON: {str(e)[:200]}") from e
+        raise CheckpointError(f"{path}: not valid JSON: {str(e)[:200]}; download it again") from e
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON {type(value).__name__}, expected an object")
+        raise CheckpointError(f"{path}: a JSON {type(value).__name__}, expected an object; download it again")
     return value
 
 
@@ -33,26 +34,30 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     ``pytorch_model.bin``, its index.
 
     Raises:
-        CheckpointError: no weights, a shard is missing, or the index points out of the folder.
+        CheckpointError: the folder cannot be read, has no weights, lacks a shard, or its index points out of it.
     """
+    try:
+        names = os.listdir(folder)
+    except OSError as e:
+        raise CheckpointError(f"{folder}: {cannot_read(e)}") from e
     for single in (SAFETENSORS, PICKLE):
-        if (folder / single).is_file():
+        if single in names:
             return [folder / single], None
         index = folder / f"{single}.index.json"
-        if index.is_file():
+        if index.name in names:
             return _shards(index)
-    hint = ""
-    if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
+    hint = "; name the folder that holds them"
+    if "adapter_model.safetensors" in names or "adapter_config.json" in names:
         hint = "; this is a LoRA adapter: merge it into its base model first"
-    elif list(folder.glob("*.gguf")):
+    elif any(name.endswith(".gguf") for name in names):
         hint = "; GGUF files are quantised: use the original checkpoint"
     raise CheckpointError(f"{folder}: no {SAFETENSORS} or {PICKLE}, nor an index of shards{hint}")
 
 
 def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, object_pairs_hook=unique).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map in it")
+        raise CheckpointError(f"{index}: no weight_map in it; download it again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or "\\" in file:
             raise CheckpointError(f"{index}: tensor {brief(name)}: file {brief(file)} is not a name in the folder")

@@ -68,13 +68,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: no tensors in {', '.join(f.name for f in self.files)}")
 
     def _load_pickle(self, file: Path) -> list[Stored]:
+        import warnings
         import zipfile
 
         import torch
 
         try:
-            # Files from before torch 1.6 are no zip archives and cannot be mapped.
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a pickle that is then refused in one line
+                # Files from before torch 1.6 are no zip archives and cannot be mapped.
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as e:
             said = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
             raise CheckpointError(

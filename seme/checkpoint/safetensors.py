@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from seme import dtypes
 from seme.dtypes import DType
-from seme.errors import CheckpointError, brief, reason
+from seme.errors import CheckpointError, brief, cannot_read
 
 MAX_HEADER = 100_000_000
 """Bytes of header that are accepted, the limit of the format's own library."""
@@ -58,11 +58,12 @@ def read_header(path: Path) -> list[Stored]:
                 )
             raw = f.read(length)
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {reason(e)}") from e
+        raise CheckpointError(f"{path}: {cannot_read(e)}") from e
     return _parse(path, raw, 8 + length, size)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's entries, for ``object_pairs_hook``; ``ValueError`` for a key that is listed twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -75,7 +76,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse(path: Path, raw: bytes, start: int, size: int) -> list[Stored]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: header is not valid JSON: {str(e)[:200]}") from e
     if not isinstance(header, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -232,6 +233,19 @@ class TestWhatIsNoCheckpoint:
         self.fails(tmp_path, message + "; GGUF files are quantised")
         (tmp_path / "adapter_model.safetensors").touch()
         self.fails(tmp_path, message + "; this is a LoRA adapter")
+
+    def test_a_folder_or_file_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lay_out(tmp_path, "single")
+        words = ": cannot be read: Permission denied; give yourself the permission (chmod u+rX)"
+
+        def refuse(*args: Any, **options: Any) -> Any:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        with monkeypatch.context() as m:  # the tests may run as root, who may read all
+            m.setattr(Path, "open", refuse)
+            self.fails(tmp_path, f"{tmp_path / 'model.safetensors'}{words}")
+        monkeypatch.setattr(os, "listdir", refuse)
+        self.fails(tmp_path, f"{tmp_path}{words}")
 
     def test_weights_without_tensors(self, tmp_path: Path) -> None:
         save_file({}, tmp_path / "model.safetensors")
