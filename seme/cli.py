@@ -151,12 +151,12 @@ def _merge(args: argparse.Namespace) -> int:
 
     args.state = "; nothing was written"
     options = make_options(args.memory, args.threads, args.nonfinite)
+    backend, _ = choose(args.backend, args.device, options.threads)  # before models are downloaded
     shard = parse_size(args.out_shard_size, "--out-shard-size")
     plan = planning.make(load(Path(args.config)), args.out, shard, args.overwrite, local_path(args.config))
     if args.dry_run:
         from seme.report.plan import plan_as_dict, plan_as_text
 
-        backend, _ = choose(args.backend, args.device, options.threads)
         if args.json:
             print(json.dumps(plan_as_dict(plan, options, backend, args.verbose), indent=2))
         else:

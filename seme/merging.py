@@ -80,6 +80,7 @@ def merge(
         LateInterrupt: a KeyboardInterrupt after which the target is the new model; with any other it is as it was.
     """
     options = make_options(memory, threads, nonfinite)
+    choose(backend, device, options.threads)  # before models are downloaded
     shard = parse_size(out_shard_size, "out_shard_size")
     recipe = None if isinstance(config, Mapping) else local_path(str(config))
     plan = planning.make(load(config), Path(out), shard, overwrite, recipe)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from seme import dtypes
-from seme.checkpoint import Checkpoint, Layout, ModelRef, Stored, check_free, layout, local_path, resolve
+from seme.checkpoint import Checkpoint, Layout, ModelRef, Stored, check_free, layout, local_path, locate, resolve
 from seme.config import MergeConfig, Parameter, suggest
 from seme.dtypes import DType
 from seme.errors import CheckpointError, ConfigError, TargetError
@@ -141,8 +141,12 @@ def make(
         base = next((i for i, (ref, _) in enumerate(entries) if _same_model(ref, config.base_model)), len(entries))
         if base == len(entries):
             entries.append((config.base_model, {}))
-    _check_recipe(config, method, len(entries))
-    paths = [resolve(ref) for ref, _ in entries]
+    _check_recipe(config, method, entries, base)
+    refs = [ref for ref, _ in entries]
+    local = [path for ref in refs if (path := locate(ref)) is not None]
+    if target is not None:
+        _check_target(target, local, overwrite)
+    paths = [resolve(ref) for ref in refs]  # from here on there may be downloads
     tokenizer = resolve(config.tokenizer_source) if config.tokenizer_source else paths[base or 0]
     if target is not None:
         _check_target(target, [*paths, tokenizer], overwrite, recipe)
@@ -205,22 +209,31 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _check_recipe(config: MergeConfig, method: Method, inputs: int) -> None:
+def _check_recipe(
+    config: MergeConfig, method: Method, entries: list[tuple[ModelRef, Mapping[str, Parameter]]], base: int | None
+) -> None:
     """Everything that can be said without opening a model."""
     if method.base == "required" and config.base_model is None:
         raise ConfigError(f"base_model: missing; {method.name} works relative to it: add base_model: PATH")
-    method.check_inputs(inputs)
+    method.check_inputs(len(entries))
     known = [p.name for p in method.params]
-    for name, parameter in config.parameters.items():
-        if name not in known:
-            raise ConfigError(f"{parameter.where}: {method.name} has no such parameter{suggest(name, known)}")
-    for entry in config.models:
-        for name, parameter in entry.parameters.items():
+    for given in (config.parameters, *(entry.parameters for entry in config.models)):
+        for name, parameter in given.items():
             found = method.param(name)
             if found is None:
                 raise ConfigError(f"{parameter.where}: {method.name} has no such parameter{suggest(name, known)}")
-            if found.scope == "shared":
+            if found.scope == "shared" and given is not config.parameters:
                 raise ConfigError(f"{parameter.where}: shared by all models; move it to the top-level parameters")
+            for value in parameter.scalars():
+                found.convert(value, parameter.where)
+    for param in method.params:
+        if not param.required or param.name in config.parameters:
+            continue
+        if param.scope == "shared":
+            raise ConfigError(f"parameters.{param.name}: missing; {param.doc}")
+        for i, (ref, parameters) in enumerate(entries):
+            if param.name not in parameters and (param.scope == "model" or method.base == "input" or i != base):
+                raise ConfigError(f"{ref}: {param.name}: missing; {param.doc}")
 
 
 def _check_target(target: Path, sources: list[Path], overwrite: bool, recipe: Path | None) -> None:
@@ -392,19 +405,17 @@ def _tensor(
     group = Group(name, inputs, base, compute, out_dtype)
     arguments: dict[str, Any] = {}
     for param in method.params:
-        key = f"{param.name}_" if param.name in ("lambda",) else param.name
         if param.scope == "shared":
-            arguments[key] = _lookup(param, [config.parameters], name, layers, f"parameters.{param.name}")
+            arguments[param.key] = _lookup(param, [config.parameters], name, layers, f"parameters.{param.name}")
         else:
             chosen = range(len(models)) if param.scope == "model" else group.experts
-            arguments[key] = [
+            arguments[param.key] = [
                 _lookup(
                     param, [models[i].parameters, config.parameters], name, layers, f"{models[i].ref}: {param.name}"
                 )
                 for i in chosen
             ]
-    if method.check is not None:
-        method.check(arguments)
+    method.check_arguments(group, arguments)
     rule = method.describe(role, inputs[0].shape, arguments) if role is not None and method.describe is not None else ""
     return TensorPlan(group, sources, arguments, copy=False, role=role, rule=rule)
 

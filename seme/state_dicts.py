@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
-from seme.config import convert, suggest
+from seme.config import suggest
 from seme.errors import ConfigError, SemeError, brief
 from seme.methods import Context, Group, Method, Param, Pass, Reduced, get
 from seme.methods._matrix import in_memory
@@ -88,8 +88,6 @@ def merge_state_dicts(
         for name in [*first, *state]:
             if name not in state or name not in first:
                 raise SemeError(f"models[{model_id!r}]: tensor {name} is not in all models")
-    if found.check is not None:
-        found.check(arguments)
     if found.asks_for_whole({"": arguments}):
         raise ConfigError("parameters.rule: sequence runs the models; merge their folders with seme.merge")
     matrix: dict[str, tuple[TensorRole, Context]] = {}
@@ -150,14 +148,13 @@ def _arguments(method: Method, parameters: Mapping[str, Any], ids: list[Hashable
         value = param.default if value is None else value
         if value is None:
             raise ConfigError(f"parameters.{param.name}: missing; {param.doc}")
-        key = "lambda_" if param.name == "lambda" else param.name
         if param.scope == "shared":
-            arguments[key] = convert(value, param.kind, f"parameters.{param.name}")
+            arguments[param.key] = param.convert(value, f"parameters.{param.name}")
         else:
             if isinstance(value, Mapping) and (unknown := [i for i in value if i not in ids]):
                 raise ConfigError(f"parameters.{param.name}: {unknown[0]!r} is not one of the models")
             chosen = [i for i in range(len(ids)) if param.scope == "model" or i != base]
-            arguments[key] = _per_input(param, value, [ids[i] for i in chosen])
+            arguments[param.key] = _per_input(param, value, [ids[i] for i in chosen])
     return arguments
 
 
@@ -173,7 +170,7 @@ def _per_input(param: Param, value: Any, ids: list[Hashable]) -> list[Any]:
     value = list(value)
     if len(value) != len(ids):
         raise ConfigError(f"{where}: {len(value)} values for {len(ids)} models")
-    return [convert(v, param.kind, where) for v in value]
+    return [param.convert(v, where) for v in value]
 
 
 def _merge_one(
@@ -204,6 +201,7 @@ def _merge_one(
     compute = dtypes.from_torch(dtype) if dtype is not None else dtypes.arithmetic(stored)
     result = dtypes.from_torch(out_dtype) if out_dtype is not None else compute if dtype is not None else stored
     group = Group(name, specs, base, compute, result)
+    method.check_arguments(group, arguments)
     merged = torch.empty(specs[0].shape, dtype=result.to_torch(), device=tensors[0].device)
     if merged.numel() == 0:
         return merged

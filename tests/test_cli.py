@@ -116,7 +116,7 @@ MISTAKES = {
         (),
         "models[0].parameters.wieght: task_arithmetic has no such parameter; did you mean 'weight'",
     ),
-    "missing weight": (edit(**{"    parameters: {weight: [0.25, 0.75]}\n": ""}), (), "weight: missing for tensor"),
+    "missing weight": (edit(**{"    parameters: {weight: [0.25, 0.75]}\n": ""}), (), "weight: missing; "),
     "missing model": (edit(**{"model: a": "model: ./nowhere"}), (), "./nowhere: no such"),
     "no recipe": (lambda here: (here / "recipe.yml").unlink(), (), "recipe.yml: recipe cannot be read"),
     "shape": (reshape, (), "tensor model.norm.weight has shape [9], [8] in base/model.safetensors"),

@@ -12,6 +12,9 @@ import seme
 from seme.checkpoint import Writer
 from seme.dtypes import bfloat16
 from seme.errors import LateInterrupt, TargetError
+
+
+from seme.errors import BackendError
 from seme.merging import merge, with_dtype
 
 from . import models as make
@@ -149,6 +152,15 @@ def test_an_interrupt_after_the_rename_is_a_late_one(recipe, tmp_path, monkeypat
         merge(recipe, tmp_path / "new")
     assert e.type is KeyboardInterrupt
     assert not (tmp_path / "new").exists()
+
+
+def test_a_backend_that_does_not_work_is_found_before_anything_is_downloaded(recipe, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("seme.plan.resolve", asked.append)
+    for options in ({"backend": "fpga"}, {"device": "tpu"}):
+        with pytest.raises(BackendError):
+            merge({**recipe, "base_model": "hub/model"}, tmp_path / "out", **options)
+    assert not asked
 
 
 def test_custom_code_is_copied(tmp_path):

@@ -70,7 +70,7 @@ class TestParameters:
         for name in ("a", "b"):
             write(tmp_path / name, {n: torch.ones(2) for n in names})
         entries = [{"model": str(tmp_path / n)} for n in ("a", "b")]
-        made = plan(models=entries, parameters={"weight": [0, 1]})
+        made = plan(models=entries, parameters={"weight": [0, 1], "normalize": False})
         depth = {t.name: t.arguments["weight"][0] for t in made.tensors}
         assert [depth[f"vision.blocks.{i}.w"] for i in (0, 1)] == [0, 1]
         assert [depth[f"h.{i}.experts.{j}.w"] for i in range(5) for j in range(2)] == [
@@ -131,7 +131,7 @@ class TestParameters:
         assert tensor(made, NORM).group.base is None
         assert arguments(made, NORM)["weight"] == [1, 1, 1]
         assert made.donor == 2
-        with pytest.raises(ConfigError, match=r"^base: weight: missing for tensor lm_head.weight; weight: "):
+        with pytest.raises(ConfigError, match=r"^base: weight: missing; weight of the model"):
             plan(models=[{"model": "a", "parameters": {"weight": 1}}], base_model="base", parameters={})
 
     def test_without_a_base_the_first_model_is_the_donor(self, models: Path) -> None:
@@ -157,11 +157,15 @@ class TestRecipeMistakes:
             ),
             (
                 {"parameters": {}},
+                "a: weight: missing; weight of the model.",
+            ),
+            (
+                {"parameters": {"weight": {"filter": "mlp", "value": 1}}},
                 "a: weight: missing for tensor lm_head.weight; weight: weight of the model.",
             ),
             (
                 {"merge_method": "slerp", "models": ["a"], "base_model": "base", "parameters": {}},
-                "parameters.t: missing for tensor lm_head.weight; t: 0 gives the base model",
+                "parameters.t: missing; 0 gives the base model",
             ),
             ({"parameters": {"weight": "much"}}, "parameters.weight: 'much': expected a finite number"),
             ({"parameters": {"weight": [1, "x"]}}, "parameters.weight: 'x': expected a finite number"),
@@ -169,7 +173,23 @@ class TestRecipeMistakes:
                 {"parameters": {"weight": 1, "normalize": "perhaps"}},
                 "parameters.normalize: 'perhaps': expected true or",
             ),
-            ({"models": ["a", "none/such"]}, "none/such: neither a local folder nor a model the hub gives"),
+            (
+                {"parameters": {"weight": {"filter": "no such", "value": "x"}}},
+                "parameters.weight: 'x': expected a finite",
+            ),
+            (
+                {"merge_method": "ties", "base_model": "base", "parameters": {"weight": 1, "density": [0.5, 50]}},
+                "parameters.density: 50.0; expected a number from 0 to 1",
+            ),
+            (
+                {
+                    "merge_method": "task_arithmetic",
+                    "base_model": "base",
+                    "models": [{"model": "a", "parameters": {"weight": 1, "density": -1}}],
+                },
+                "models[0].parameters.density: -1.0; expected a number from 0 to 1",
+            ),
+            ({"models": ["a", "none/such"]}, "none/such: no such folder in "),
         ],
     )
     def test_are_named(
@@ -182,9 +202,88 @@ class TestRecipeMistakes:
         assert str(e.value).startswith(message)
         assert sorted(os.listdir()) == ["a", "b", "base"]
 
-    def test_those_of_the_recipe_come_before_anything_is_opened(self, models: Path) -> None:
-        with pytest.raises(ConfigError, match=r"^parameters.wieght"):
-            plan(models=["./none", "./neither"], parameters={"wieght": 1})
+    @pytest.mark.parametrize(
+        ("recipe", "message"),
+        [
+            ({"parameters": {"wieght": 1}}, "parameters.wieght: linear has no such parameter"),
+            ({"parameters": {"weight": "much"}}, "parameters.weight: 'much': expected a finite number"),
+            ({"parameters": {}}, "hub/model: weight: missing"),
+            ({"merge_method": "seme", "base_model": "a", "parameters": {"rho": 2}}, "parameters.rho: 2.0; expected a "),
+            ({"models": ["hub/model", "./none"]}, "./none: no such file or folder in "),
+            ({"target": Path("full")}, "full: not empty; "),
+            ({"target": Path("a/sub")}, "a/sub: is, holds or lies in the input model a"),
+        ],
+    )
+    def test_are_found_before_anything_is_downloaded(
+        self, recipe: dict[str, Any], message: str, models: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Path("full").mkdir()
+        Path("full/x").touch()
+        asked = []
+        monkeypatch.setattr(planning, "resolve", lambda ref: asked.append(ref))
+        with pytest.raises(SemeError) as e:
+            plan(**{"models": ["hub/model", "a"], **recipe})
+        assert str(e.value).startswith(message)
+        assert not asked
+
+
+class TestWeights:
+    """Those that a formula cannot be computed with."""
+
+    @pytest.mark.parametrize(
+        ("weights", "recipe", "message"),
+        [
+            (
+                (1, -1),
+                {},
+                "1.0, -1.0 add up to 0 for tensor lm_head.weight, and normalize divides by it; set normalize",
+            ),
+            ((0, 0), {}, "0.0, 0.0 add up to 0 for tensor lm_head.weight"),
+            ((0.7, -0.7000000001), {}, "0.7, -0.7000000001 add up to 0 for tensor lm_head.weight"),
+            ((1e-50, 1e-50), {}, "1e-50, 1e-50 add up to 0 for tensor lm_head.weight"),
+            ((3e38, 3e38), {}, "3e+38, 3e+38 add up to inf for tensor lm_head.weight"),
+            (
+                (1e300, 1),
+                {},
+                "1e+300 is infinite in float32, as tensor lm_head.weight is merged; write a smaller number",
+            ),
+            ((1e300, 1), {"normalize": False}, "1e+300 is infinite in float32"),
+            ((1, -1), {"merge_method": "task_arithmetic", "normalize": True}, "1.0, -1.0 add up to 0 for tensor"),
+            ((1, -1), {"merge_method": "ties"}, "1.0, -1.0 add up to 0 for tensor"),
+            ((7e4, 1), {"merge_method": "ties", "dtype": "float16"}, "70000.0 is infinite in float16"),
+            ((1e300, 1), {"merge_method": "iso_c"}, "1e+300 is infinite in float32"),
+        ],
+    )
+    def test_are_refused(self, weights: Any, recipe: dict[str, Any], message: str, models: Path) -> None:
+        with pytest.raises(ConfigError) as e:
+            self.plan(weights, **recipe)
+        assert str(e.value).startswith(f"parameters.weight: {message}")
+
+    @pytest.mark.parametrize(
+        ("weights", "recipe"),
+        [
+            ((1, -1), {"normalize": False}),
+            ((1, -1), {"merge_method": "task_arithmetic"}),
+            ((1, -1), {"merge_method": "ties", "normalize": False}),
+            ((0, 0), {"merge_method": "task_arithmetic", "normalize": True}),  # the base model
+            ((0, 0), {"merge_method": "ties"}),
+            ((1, -0.999), {}),
+            ((7e4, 1), {"dtype": "float16"}),  # held in float32
+            ((1e300, 1), {"dtype": "float64"}),
+        ],
+    )
+    def test_are_fine(self, weights: Any, recipe: dict[str, Any], models: Path) -> None:
+        self.plan(weights, **recipe)
+
+    def test_other_numbers_are_named(self, models: Path) -> None:
+        with pytest.raises(ConfigError, match=r"^parameters.lambda: -1e\+300 is infinite in float32"):
+            self.plan((1, 1), merge_method="ties", **{"lambda": -1e300})
+
+    @staticmethod
+    def plan(weights: Any, merge_method: str = "linear", dtype: str | None = None, **parameters: Any) -> Plan:
+        entries = [{"model": m, "parameters": {"weight": w}} for m, w in zip("ab", weights)]
+        base = "base" if merge_method != "linear" else None
+        return plan(merge_method=merge_method, models=entries, base_model=base, dtype=dtype, parameters=parameters)
 
 
 class TestDtypes:

@@ -111,6 +111,14 @@ def test_dtypes_and_buffers():
         ([{"w": 3}] * 2, "linear", {"parameters": {"weight": 1}}, "entry 'w' is not a dense tensor"),
         ([{"w": torch.eye(2).to_sparse()}] * 2, "linear", {"parameters": {"weight": 1}}, "is not a dense tensor"),
         ([], "linear", {"parameters": {"weight": 1}}, "linear takes 1 or more models, base included; found 0"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"parameters": {"weight": [1, -1]}}, "add up to 0 for tensor w"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"parameters": {"weight": 1e300}}, "1e.300 is infinite in float32"),
+        (
+            [{"w": torch.ones(2)}] * 2,
+            "ties",
+            {"base": 0, "parameters": {"weight": 1, "density": 50}},
+            "parameters.density: 50.0; expected a number from 0 to 1",
+        ),
         ([{"w": torch.ones(2)}] * 2, "linear", {"base": 5, "parameters": {"weight": 1}}, "5 is not one of the models"),
     ],
 )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import keyword
 import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, get_origin, get_type_hints
 
-from seme.errors import ConfigError
-from seme.methods._passes import Merge
+from seme import dtypes
+from seme.errors import ConfigError, brief
+from seme.methods._passes import Group, Merge
+from seme.methods._weights import check_finite
 
 if TYPE_CHECKING:
     import torch
@@ -26,23 +29,49 @@ PerExpert = Annotated[list[float], "expert"]
 """A float for every input but the base."""
 
 Scope = Literal["shared", "model", "expert"]
+Check = Callable[[Group, Mapping[str, Any]], None]
 Function = TypeVar("Function", bound=Callable[..., "Merge | None"])
+
+
+class Among(NamedTuple):
+    """The values a parameter may have, in words and as a test; written ``Annotated[float, FRACTION]``."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+FRACTION = Among("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of a method: its name in recipes, type, scope, default (None: required) and description."""
+    """One parameter of a method: its name in recipes, type, scope, default (None: required), description, values."""
 
     name: str
     kind: type
     scope: Scope
     default: Any
     doc: str
+    among: Among | None = None
 
     @property
     def required(self) -> bool:
         """True if a recipe must give it."""
         return self.default is None
+
+    @property
+    def key(self) -> str:
+        """Its name in Python: ``lambda`` is ``lambda_``."""
+        return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+
+    def convert(self, value: Any, where: str) -> Any:
+        """A written value in the parameter's type; :class:`ConfigError` if it is none the parameter may have."""
+        from seme.config import convert
+
+        found = convert(value, self.kind, where)
+        if self.among is not None and not self.among.holds(found):
+            raise ConfigError(f"{where}: {brief(found)}; expected {self.among.words}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -60,7 +89,7 @@ class Method:
         summary: first line of the docstring of its module.
         source: paper or page.
         matrix: it works on whole matrices.
-        check: raises :class:`ConfigError` for arguments of one tensor that are out of range.
+        check: ``check(group, arguments)`` raises :class:`ConfigError` for arguments that do not go together.
         describe: (matrix methods) what is done with a tensor: ``describe(role, shape, arguments)``.
         workspace: (matrix methods) bytes it holds for a tensor: ``workspace(role, shape, experts, arguments)``.
         uses_bases: (matrix methods) whether arguments of a tensor ask for the base model's semantic bases.
@@ -80,7 +109,7 @@ class Method:
     summary: str
     source: str
     matrix: bool = False
-    check: Callable[[Mapping[str, Any]], None] | None = None
+    check: Check | None = None
     describe: Callable[[TensorRole, tuple[int, ...], Mapping[str, Any]], str] | None = None
     workspace: Callable[[TensorRole, tuple[int, ...], int, Mapping[str, Any]], int] | None = None
     uses_bases: Callable[[Mapping[str, Any]], bool] | None = None
@@ -93,6 +122,16 @@ class Method:
         if count < least or (most is not None and count > most):
             takes = f"{least} or more" if most is None else str(least) if most == least else f"{least} to {most}"
             raise ConfigError(f"models: {self.name} takes {takes} models, base included; found {count}")
+
+    def check_arguments(self, group: Group, arguments: Mapping[str, Any]) -> None:
+        """:class:`ConfigError` if a tensor cannot be merged with these arguments."""
+        held = dtypes.arithmetic(group.compute_dtype)
+        for param in self.params:
+            if param.kind is float:
+                values = arguments[param.key]
+                check_finite(group, param.name, values if isinstance(values, list) else [values], held)
+        if self.check is not None:
+            self.check(group, arguments)
 
     def param(self, name: str) -> Param | None:
         """The parameter of that name, if the method has it."""
@@ -126,15 +165,21 @@ def _params(function: Callable[..., Any]) -> tuple[Param, ...]:
         hint = hints[name]
         scope: Scope = "shared"
         kind: Any = hint
+        among = None
         if get_origin(hint) is Annotated:
-            scope, kind = hint.__metadata__[0], float
+            kind = hint.__origin__
+            for said in hint.__metadata__:
+                if isinstance(said, Among):
+                    among = said
+                else:
+                    scope, kind = said, float
         if kind not in (bool, int, float, str):
             raise TypeError(f"parameter {name}: {hint} is not bool, int, float, str, PerModel or PerExpert")
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
         public = name.rstrip("_")
         if public not in docs and name not in docs:
             raise TypeError(f"parameter {name} is not described under Args")
-        params.append(Param(public, kind, scope, default, docs.get(public) or docs[name]))
+        params.append(Param(public, kind, scope, default, docs.get(public) or docs[name], among))
     return tuple(params)
 
 
@@ -147,7 +192,7 @@ def method(
     min_inputs: int = 1,
     max_inputs: int | None = None,
     matrix: bool = False,
-    check: Callable[[Mapping[str, Any]], None] | None = None,
+    check: Check | None = None,
     describe: Callable[[TensorRole, tuple[int, ...], Mapping[str, Any]], str] | None = None,
     workspace: Callable[[TensorRole, tuple[int, ...], int, Mapping[str, Any]], int] | None = None,
     uses_bases: Callable[[Mapping[str, Any]], bool] | None = None,

@@ -1,18 +1,18 @@
 """Weighted average of models (model soup).
 
 ``sum_i weight_i w_i``, divided by ``sum_i weight_i`` when ``normalize`` is on. Wortsman et al. 2022,
-arXiv 2203.05482. As in mergekit a configured base model is one more input, and a sum of weights of zero gives
-inf or NaN.
+arXiv 2203.05482. As in mergekit a configured base model is one more input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
 from seme.methods._passes import Group, Merge
 from seme.methods._registry import PerModel, method
+from seme.methods._weights import check_sum
 from seme.ops.weighted_sum import OP as WEIGHTED_SUM
 
 if TYPE_CHECKING:
@@ -28,7 +28,13 @@ def reference(
     return total / sum(weight) if normalize else total
 
 
-@method("linear", reference=reference, source="https://arxiv.org/abs/2203.05482", base="input")
+def check(group: Group, arguments: Mapping[str, Any]) -> None:
+    """The sum of the weights, if it divides."""
+    if arguments["normalize"]:
+        check_sum(group, arguments["weight"], dtypes.arithmetic(group.compute_dtype))
+
+
+@method("linear", reference=reference, source="https://arxiv.org/abs/2203.05482", base="input", check=check)
 def merge(group: Group, *, weight: PerModel, normalize: bool = True) -> Merge:
     """One pass.
 

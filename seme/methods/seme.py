@@ -25,11 +25,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from seme.errors import ConfigError
 from seme.methods._matrix import Matrix, Stack
-from seme.methods._registry import PerExpert, method
+from seme.methods._registry import FRACTION, Among, PerExpert, method
 from seme.roles import Role, TensorRole
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 
 RULES = ("project", "elect", "sequence")
 AXES = ("input", "latent")
+KNOWN_RULE = Among(f"one of {', '.join(RULES)}", RULES.__contains__)
+KNOWN_AXIS = Among(f"one of {', '.join(AXES)}", AXES.__contains__)
+ABOVE_0 = Among("a number above 0, up to 1", lambda value: 0 < value <= 1)
+BELOW_1 = Among("a number from 0 to below 1", lambda value: 0 <= value < 1)
+AT_LEAST_0 = Among("at least 0", lambda value: value >= 0)
+AT_LEAST_1 = Among("at least 1", lambda value: value >= 1)
 PROBES = 32
 """Random sign combinations of rows from which the report estimates shares and overlaps (see :func:`_Sketch`)."""
 SMALLEST = 1e-6
@@ -170,29 +176,6 @@ def _left(role: TensorRole, rule: str, axis: str) -> bool:
     return role.latent_axis == "out" and (axis == "latent" or rule == "elect")
 
 
-def check(arguments: Mapping[str, Any]) -> None:
-    """Ranges and names of the parameters of one tensor.
-
-    Raises:
-        ConfigError: one is wrong.
-    """
-    for name, known in (("rule", RULES), ("axis", AXES)):
-        if arguments[name] not in known:
-            raise ConfigError(f"parameters.{name}: {arguments[name]!r}; expected one of {', '.join(known)}")
-    for name in ("rho", "flatten", "sigma"):
-        if not 0 <= arguments[name] <= 1:
-            raise ConfigError(f"parameters.{name}: {arguments[name]}; expected a number from 0 to 1")
-    if not 0 < arguments["select"] <= 1:
-        raise ConfigError(f"parameters.select: {arguments['select']}; expected a number above 0, up to 1")
-    if not 0 <= arguments["trust"] < 1:
-        raise ConfigError(f"parameters.trust: {arguments['trust']}; expected a number from 0 to below 1")
-    for name, least in (("keep", 0), ("probes", 1)):
-        if arguments[name] < least:
-            raise ConfigError(f"parameters.{name}: {arguments[name]}; expected at least {least}")
-    if any(w < 0 for w in arguments["weight"]):
-        raise ConfigError(f"parameters.weight: {min(arguments['weight'])}; shares of a merge cannot be negative")
-
-
 def describe(role: TensorRole, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> str:
     """What is done with a tensor, for the plan and the report."""
     if len(shape) - role.batch < 2 or role.role in (Role.NORM, Role.BIAS):
@@ -278,7 +261,6 @@ def merge_whole(
     reference=reference,
     source="https://arxiv.org/abs/2505.20144",
     matrix=True,
-    check=check,
     describe=describe,
     workspace=workspace,
     uses_bases=uses_bases,
@@ -288,17 +270,17 @@ def merge_whole(
 def merge(
     stack: Stack,
     *,
-    weight: PerExpert = 1.0,  # type: ignore[assignment]
+    weight: Annotated[PerExpert, AT_LEAST_0] = 1.0,  # type: ignore[assignment]
     lambda_: float = 1.0,
-    rho: float = 0.2,
-    flatten: float = 0.4,
-    sigma: float = 0.0,
-    select: float = 0.1,
-    rule: str = "project",
-    axis: str = "input",
-    trust: float = 0.95,
-    keep: float = 0.0,
-    probes: int = 6,
+    rho: Annotated[float, FRACTION] = 0.2,
+    flatten: Annotated[float, FRACTION] = 0.4,
+    sigma: Annotated[float, FRACTION] = 0.0,
+    select: Annotated[float, ABOVE_0] = 0.1,
+    rule: Annotated[str, KNOWN_RULE] = "project",
+    axis: Annotated[str, KNOWN_AXIS] = "input",
+    trust: Annotated[float, BELOW_1] = 0.95,
+    keep: Annotated[float, AT_LEAST_0] = 0.0,
+    probes: Annotated[int, AT_LEAST_1] = 6,
     seed: int = 0,
 ) -> None:
     """Merge one tensor; of rule ``sequence`` this is the part without text, rule ``project``.

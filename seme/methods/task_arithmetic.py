@@ -6,13 +6,14 @@ Ilharco et al. 2023, arXiv 2212.04089; parameters, defaults and order of operati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from seme import dtypes
 from seme.dtypes import DType
 from seme.methods._passes import Group, Merge
-from seme.methods._registry import PerExpert, method
+from seme.methods._registry import FRACTION, PerExpert, method
+from seme.methods._weights import check_finite, check_sum
 from seme.ops.task_vector_sum import OP as TASK_VECTOR_SUM
 
 if TYPE_CHECKING:
@@ -48,12 +49,19 @@ def normalizer(compute: DType, weights: Sequence[float]) -> float:
     return total if abs(total) >= 1e-8 else 1.0
 
 
-@method("task_arithmetic", reference=reference, source="https://arxiv.org/abs/2212.04089")
+def check(group: Group, arguments: Mapping[str, Any]) -> None:
+    """Weights in the compute dtype, which they are rounded to; all of them 0 give the base model."""
+    check_finite(group, "weight", arguments["weight"], group.compute_dtype)
+    if arguments["normalize"] and any(arguments["weight"]):
+        check_sum(group, arguments["weight"], group.compute_dtype)
+
+
+@method("task_arithmetic", reference=reference, source="https://arxiv.org/abs/2212.04089", check=check)
 def merge(
     group: Group,
     *,
     weight: PerExpert,
-    density: PerExpert = 1.0,  # type: ignore[assignment]
+    density: Annotated[PerExpert, FRACTION] = 1.0,  # type: ignore[assignment]
     normalize: bool = False,
     rescale: bool = False,
     int8_mask: bool = False,

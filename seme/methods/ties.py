@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from seme import dtypes
 from seme.methods._magnitude import Cut, countdown, cuts, kept_count
 from seme.methods._passes import Group, Merge, Pass, Reduced
-from seme.methods._registry import PerExpert, method
+from seme.methods._registry import FRACTION, PerExpert, method
+from seme.methods.task_arithmetic import check
 from seme.ops.task_vector_sum import OP as TASK_VECTOR_SUM
 from seme.ops.ties import OP as TIES
 from seme.ops.trimmed_l1 import OP as TRIMMED_L1
@@ -87,12 +88,12 @@ def _l1_factors(group: Group, found: Sequence[Cut]) -> Generator[Pass, Reduced, 
     return factors
 
 
-@method("ties", reference=reference, source="https://arxiv.org/abs/2306.01708")
+@method("ties", reference=reference, source="https://arxiv.org/abs/2306.01708", check=check)
 def merge(
     group: Group,
     *,
     weight: PerExpert,
-    density: PerExpert = 1.0,  # type: ignore[assignment]
+    density: Annotated[PerExpert, FRACTION] = 1.0,  # type: ignore[assignment]
     normalize: bool = True,
     rescale: bool = False,
     int8_mask: bool = False,

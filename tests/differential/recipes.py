@@ -76,12 +76,6 @@ parameters:
 merge_method: linear
 models: [{model: $a, parameters: {weight: 0.3}}]
 """,
-    "weights-sum-to-0": """
-merge_method: linear
-models:
-  - {model: $a, parameters: {weight: 0.5}}
-  - {model: $b, parameters: {weight: -0.5}}
-""",
 }
 
 TASK_ARITHMETIC = {
@@ -157,14 +151,6 @@ parameters:
   normalize:
     - {filter: $attention, value: true}
     - {filter: $mlp, value: [true, false]}
-""",
-    "normalize-weights-sum-to-0": """
-merge_method: task_arithmetic
-models:
-  - {model: $a, parameters: {weight: 0.3}}
-  - {model: $c, parameters: {weight: -0.3}}
-base_model: $base
-parameters: {normalize: true}
 """,
     "without-effect": """
 merge_method: task_arithmetic
@@ -300,7 +286,7 @@ merge_method: ties
 models:
   - {model: $a, parameters: {weight: 0.5, density: 1e-9}}
   - {model: $b, parameters: {weight: 0.4, density: 0}}
-  - {model: $c, parameters: {weight: 0.3, density: 1.5}}
+  - {model: $c, parameters: {weight: 0.3, density: 1}}
 base_model: $base
 """,
     "rescale": """

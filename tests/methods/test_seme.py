@@ -335,7 +335,7 @@ def test_report_tells_what_was_kept(shape):
         ({"rho": 1.5}, r"parameters.rho: 1.5; expected a number from 0 to 1"),
         ({"sigma": -0.1}, r"parameters.sigma: -0.1; expected a number from 0 to 1"),
         ({"select": 0}, r"parameters.select: 0.0; expected a number above 0, up to 1"),
-        ({"weight": [1, -1]}, r"parameters.weight: -1.0; shares of a merge cannot be negative"),
+        ({"weight": [1, -1]}, r"parameters.weight: -1.0; expected at least 0"),
     ],
 )
 def test_parameters_out_of_range_are_named(parameters, message):
