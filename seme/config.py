@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
-from seme.checkpoint.hub import ModelRef, local_path
+from seme.checkpoint.hub import ModelRef, local_path, same_model
 from seme.dtypes import DType
 from seme.errors import ConfigError, brief, cannot_read
 
@@ -221,8 +221,9 @@ def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
         raise ConfigError(f"models: {what}; expected a list of {{model: PATH, parameters: {{...}}}}")
     models = tuple(_entry(e, f"models[{i}]") for i, e in enumerate(entries))
     for i, entry in enumerate(models):
-        if entry.ref in [m.ref for m in models[:i]]:
-            raise ConfigError(f"models[{i}]: {entry.ref} is listed twice")
+        for j in range(i):
+            if same_model(entry.ref, models[j].ref):
+                raise ConfigError(f"models[{i}]: {entry.ref} is listed twice, models[{j}] is the same; remove one")
     base = _ref(data["base_model"], "base_model") if data.get("base_model") is not None else None
     compat = data.get("compat")
     if compat not in (None, "mergekit"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,14 @@ def from_torch(dtype: torch.dtype) -> DType:
     if name not in BY_NAME:
         raise SemeError(f"dtype {name} cannot be merged or stored; known: {', '.join(BY_NAME)}")
     return BY_NAME[name]
+
+
+def why_equal(found: Iterable[DType]) -> str:
+    """Why tensors of these dtypes, which are copied, must be the same in all models, and what to do if they are not."""
+    float8 = next((d.name for d in found if d.name.startswith("float8")), None)
+    if float8 is not None:
+        return f"{float8} is copied, not merged; convert the models to bfloat16 first"
+    return "tensors that are not floating point are copied and must be equal in all models; take them from one"
 
 
 def promote(dtypes: list[DType]) -> DType:

@@ -1,7 +1,8 @@
 """The plan of a merge, made from the recipe, headers and indexes alone.
 
-Everything that can be wrong with the inputs is found here, before the first byte is written. Tensors come from
-the checkpoints themselves, in the order of the donor's files; there is no list of architectures.
+Everything that can be wrong with the inputs is found here, before the first byte is written, but for inf and NaN
+among their values. Tensors come from the checkpoints themselves, in the order of the donor's files; there is no list of
+architectures.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from seme import dtypes
-from seme.checkpoint import Checkpoint, Layout, ModelRef, Stored, check_free, layout, local_path, locate, resolve
+from seme.checkpoint import Checkpoint, Layout, ModelRef, Stored, check_free, layout, locate, resolve, same_model
 from seme.config import MergeConfig, Parameter, suggest
 from seme.dtypes import DType
-from seme.errors import CheckpointError, ConfigError, TargetError
+from seme.errors import CheckpointError, ConfigError, TargetError, brief
 from seme.methods import Group, Method, Param, get
 from seme.ops._op import Spec
 from seme.roles import TensorRole, latent, layer, layers, roles
@@ -34,6 +35,35 @@ EMBEDDINGS = (
 )
 RECOMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "position_ids")
 """Buffers that old checkpoints store and transformers computes; left out unless every model has them."""
+
+SAME_TENSORS = (
+    "all models need the same tensors: take models of one architecture, or load this one in transformers and save it"
+)
+
+CONFIG_KEYS = (
+    "model_type",
+    "architectures",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "sliding_window",
+    "num_experts_per_tok",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+)
+"""Entries of config.json that change what tensors of the same shapes compute."""
 
 
 @dataclass(frozen=True)
@@ -138,23 +168,23 @@ def make(
     entries = [(m.ref, m.parameters) for m in config.models]
     base = None
     if config.base_model is not None:
-        base = next((i for i, (ref, _) in enumerate(entries) if _same_model(ref, config.base_model)), len(entries))
+        base = next((i for i, (ref, _) in enumerate(entries) if same_model(ref, config.base_model)), len(entries))
         if base == len(entries):
             entries.append((config.base_model, {}))
-    _check_recipe(config, method, entries, base)
     refs = [ref for ref, _ in entries]
+    _check_recipe(config, method, entries, base)
+    tokenizer_of = base or 0 if config.tokenizer_source is None else _position(config.tokenizer_source, refs)
     local = [path for ref in refs if (path := locate(ref)) is not None]
     if target is not None:
-        _check_target(target, local, overwrite)
+        _check_target(target, local, overwrite, recipe)
     paths = [resolve(ref) for ref in refs]  # from here on there may be downloads
-    tokenizer = resolve(config.tokenizer_source) if config.tokenizer_source else paths[base or 0]
     if target is not None:
-        _check_target(target, [*paths, tokenizer], overwrite, recipe)
+        _check_target(target, paths, overwrite, recipe)
     models: list[Model] = []
     try:
         for (ref, given), path in zip(entries, paths):
             models.append(Model(ref, Checkpoint(path), given))
-        return _plan(config, method, tuple(models), base, _folder(tokenizer), target, max_shard)
+        return _plan(config, method, tuple(models), base, _folder(paths[tokenizer_of]), target, max_shard)
     except BaseException:
         for model in models:
             model.checkpoint.close()
@@ -173,7 +203,7 @@ def _plan(
     donor = base or 0
     if method.base == "input":
         base = None
-    notes: list[str] = []
+    notes = _config_notes(models, donor)
     names = _tensor_names(models, donor, notes)
     depths = _Layers(names)
     shapes = {name: sources[donor].shape for name, sources in names.items()}
@@ -188,7 +218,7 @@ def _plan(
     if target is not None:
         _check_space(target, sum(where.sizes))
     if config.tokenizer_source is not None:
-        _check_vocabularies(tokenizer, models)
+        _check_tokenizer(tokenizer, models)
     weight = Counter[DType]()
     for t in tensors:
         if not t.copy:
@@ -196,12 +226,6 @@ def _plan(
     out_dtype = weight.most_common(1)[0][0] if weight else dtypes.float32
     read = sum(s.nbytes for t in tensors for s in t.sources)
     return Plan(config, method, models, donor, tokenizer, tensors, where, out_dtype, read, tuple(notes))
-
-
-def _same_model(a: ModelRef, b: ModelRef) -> bool:
-    """True for one reference, and for two spellings of one local path."""
-    x, y = local_path(a.path), local_path(b.path)
-    return a == b or (x is not None and y is not None and x.samefile(y))
 
 
 def _folder(path: Path) -> Path:
@@ -236,6 +260,16 @@ def _check_recipe(
                 raise ConfigError(f"{ref}: {param.name}: missing; {param.doc}")
 
 
+def _position(source: ModelRef, refs: list[ModelRef]) -> int:
+    """Which of the models ``tokenizer_source`` names."""
+    found = next((i for i, ref in enumerate(refs) if same_model(ref, source)), None)
+    if found is None:
+        raise ConfigError(
+            f"tokenizer_source: {source} is none of the models; expected base or one of {', '.join(map(str, refs))}"
+        )
+    return found
+
+
 def _check_target(target: Path, sources: list[Path], overwrite: bool, recipe: Path | None) -> None:
     resolved = target.resolve()
     if recipe is not None and resolved in recipe.resolve().parents:
@@ -254,6 +288,33 @@ def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise TargetError(f"{target}: the output needs {format_size(needed)}, {format_size(free)} are free; make room")
+
+
+def _config_notes(models: tuple[Model, ...], donor: int) -> list[str]:
+    """Where the models' config.json say different things of tensors that are then merged all the same."""
+    ours, notes = _settings(models[donor].checkpoint.config), []
+    for model in models:
+        for key, value in _settings(model.checkpoint.config).items():
+            if key in ours and value != ours[key]:
+                notes.append(
+                    f"config.json of {model.ref}: {key} is {brief(value)}; "
+                    f"the output takes {brief(ours[key])} from {models[donor].ref}"
+                )
+    return notes
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Entries of a config.json named in :data:`CONFIG_KEYS`, those of the nested configs of multimodal models too."""
+    found = {}
+    for key, value in config.items():
+        if key == "rope_parameters" and isinstance(value, Mapping) and "rope_theta" in value:
+            found[f"{prefix}rope_theta"] = value["rope_theta"]  # where older files have it
+            value = {k: v for k, v in value.items() if k != "rope_theta"}
+        if key in CONFIG_KEYS:
+            found[prefix + key] = value
+        elif key.endswith("_config") and isinstance(value, Mapping):
+            found.update(_settings(value, f"{prefix}{key}."))
+    return found
 
 
 def _tied(config: Mapping[str, Any]) -> bool | None:
@@ -322,6 +383,9 @@ def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> di
             ):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, it is the tied input embedding")
+            elif name not in everywhere and (twin := _twin(model.checkpoint, tensors[name], everywhere)):
+                del tensors[name]
+                notes.append(f"{name} of {model.ref}: left out, it is {twin} again")
     found: dict[str, tuple[Stored, ...]] = {}
     for name in stored[donor]:
         found[name] = tuple(_find(models, stored, donor, i, name) for i in range(len(models)))
@@ -330,10 +394,22 @@ def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> di
         if extra:
             where = tensors[extra[0]].file
             raise CheckpointError(
-                f"{where}: tensor {extra[0]}{_more(extra)} is not in {models[donor].ref}; "
-                "all models need the same tensors, nothing is dropped silently"
+                f"{where}: tensor {extra[0]}{_more(extra)} is not in {models[donor].ref}; {SAME_TENSORS}"
             )
     return found
+
+
+def _twin(checkpoint: Checkpoint, tensor: Stored, names: Iterable[str]) -> str | None:
+    """Which of ``names`` a tensor of a ``.bin`` file is one memory with: it stores tied tensors under every name. What
+    a head is tied to is decided elsewhere."""
+    if _ends(tensor.name, HEADS):
+        return None
+    for name in names:
+        if checkpoint.shares_storage(tensor.name, name) and _same_bytes(
+            checkpoint, tensor, checkpoint, checkpoint.tensors[name]
+        ):
+            return name
+    return None
 
 
 def _more(names: list[str]) -> str:
@@ -350,8 +426,7 @@ def _find(models: tuple[Model, ...], stored: list[dict[str, Stored]], donor: int
                 return embedding
         missing = [n for n in stored[donor] if n not in stored[i]]
         raise CheckpointError(
-            f"{models[i].ref}: tensor {name}{_more(missing)} is missing, {wanted.file} has it; "
-            "all models need the same tensors"
+            f"{models[i].ref}: tensor {name}{_more(missing)} is missing, {wanted.file} has it; {SAME_TENSORS}"
         )
     tensor = stored[i][name]
     if tensor.shape != wanted.shape:
@@ -438,15 +513,20 @@ def _copy(
         if not _same_bytes(models[0].checkpoint, sources[0], model.checkpoint, source):
             raise CheckpointError(
                 f"{source.file}: tensor {name} ({source.dtype}) differs from {sources[0].file} ({sources[0].dtype}); "
-                "tensors that are not floating point must be equal in all models"
+                f"{dtypes.why_equal(s.dtype for s in sources)}"
             )
     return TensorPlan(Group(name, inputs, base, sources[0].dtype, sources[0].dtype), sources, {}, copy=True)
 
 
-def _check_vocabularies(tokenizer: Path, models: tuple[Model, ...]) -> None:
-    """With ``tokenizer_source`` every model must give each token the id that the output's tokenizer gives it."""
-    from seme.checkpoint.tokenizer import first_difference
+def _check_tokenizer(tokenizer: Path, models: tuple[Model, ...]) -> None:
+    """With ``tokenizer_source`` there must be one, and every model must give each token the id that it gives it."""
+    from seme.checkpoint.tokenizer import VOCABULARY_FILES, first_difference
 
+    if not any((tokenizer / file).exists() for file in VOCABULARY_FILES):
+        raise CheckpointError(
+            f"{tokenizer}: no tokenizer in it, such as {VOCABULARY_FILES[0]}; "
+            "name a model that has one in tokenizer_source, or leave it out"
+        )
     for model in models:
         difference = first_difference(tokenizer, model.checkpoint.path)
         if difference is not None:

@@ -195,7 +195,10 @@ def _merge_one(
             )
     if not all(s.dtype.mergeable for s in specs):
         if not all(_same_bits(t, tensors[0]) for t in tensors[1:]):
-            raise SemeError(f"tensor {name} ({specs[0].dtype}): not floating point and not equal in all models")
+            kinds = [s.dtype for s in specs]
+            raise SemeError(
+                f"tensor {name} ({', '.join(map(str, dict.fromkeys(kinds)))}) differs: {dtypes.why_equal(kinds)}"
+            )
         return tensors[0].clone()
     stored = dtypes.promote([s.dtype for s in specs])
     compute = dtypes.from_torch(dtype) if dtype is not None else dtypes.arithmetic(stored)

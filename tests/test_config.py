@@ -103,6 +103,14 @@ class TestLoading:
         config = load({**RECIPE, "models": [{"model": value}], "base_model": value})
         assert config.base_model == config.models[0].ref == ModelRef("org/a", "v2")
 
+    def test_one_folder_in_two_spellings_is_one_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("a").mkdir()
+        Path("link").symlink_to("a")
+        for spelling in ("./a", "a/", str(tmp_path / "a"), "link"):
+            with pytest.raises(ConfigError, match=r"^models\[1\]: .* is listed twice, models\[0\] is the same"):
+                load({**RECIPE, "models": [{"model": "a"}, {"model": spelling}]})
+
     def test_null_is_as_if_not_written(self) -> None:
         config = load({**RECIPE, "base_model": None, "parameters": None, "dtype": None, "tokenizer_source": None})
         assert (config.base_model, config.parameters, config.dtype, config.tokenizer_source) == (None, {}, None, None)
@@ -295,7 +303,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"models": [{"model": {"path": "a", "revision": 3}}]},
         "models[0].model: expected {path: PATH, revision: REVISION}",
     ),
-    ({"models": [{"model": "a"}, {"model": "a"}]}, "models[1]: a is listed twice"),
+    (
+        {"models": [{"model": "a"}, {"model": "b"}, {"model": "a"}]},
+        "models[2]: a is listed twice, models[0] is the same; remove one",
+    ),
     ({"models": [{"model": "a", "parameters": 3}]}, "models[0].parameters: expected a mapping of parameters, found 3"),
     (
         {"models": [{"model": "a", "parameters": {"weight": [[1]]}}]},

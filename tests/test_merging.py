@@ -11,10 +11,7 @@ import yaml
 import seme
 from seme.checkpoint import Writer
 from seme.dtypes import bfloat16
-from seme.errors import LateInterrupt, TargetError
-
-
-from seme.errors import BackendError
+from seme.errors import BackendError, LateInterrupt, TargetError
 from seme.merging import merge, with_dtype
 
 from . import models as make

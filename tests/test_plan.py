@@ -14,7 +14,7 @@ import torch
 from seme import plan as planning
 from seme.config import load
 from seme.errors import CheckpointError, ConfigError, SemeError, TargetError
-from seme.plan import Plan, TensorPlan
+from seme.plan import SAME_TENSORS, Plan, TensorPlan
 
 from .checkpoints import CONFIG, decoder, tokenizer, write
 
@@ -125,6 +125,10 @@ class TestParameters:
             made = plan(merge_method="ties", models=["base", "a"], base_model=spelling)
             assert [m.ref.path for m in made.models] == ["base", "a"]
             assert tensor(made, NORM).group.base == 0
+
+    def test_a_revision_is_no_spelling(self, models: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"^a@v1: a is here, as a local path without revisions"):
+            plan(merge_method="ties", models=["a", "b"], base_model="a@v1")
 
     def test_a_method_without_base_takes_it_as_one_more_input(self, models: Path) -> None:
         made = plan(base_model="base")
@@ -341,17 +345,14 @@ class TestTensors:
             plan()
         assert str(e.value) == (
             "b: tensor model.layers.1.mlp.up_proj.weight (and 1 more) is missing, a/model.safetensors has it; "
-            "all models need the same tensors"
+            f"{SAME_TENSORS}"
         )
 
     def test_that_one_model_has_too_many(self, models: Path) -> None:
         write(Path("b"), {**decoder(1), "extra.weight": torch.ones(3)})
         with pytest.raises(CheckpointError) as e:
             plan()
-        assert str(e.value) == (
-            "b/model.safetensors: tensor extra.weight is not in a; "
-            "all models need the same tensors, nothing is dropped silently"
-        )
+        assert str(e.value) == (f"b/model.safetensors: tensor extra.weight is not in a; {SAME_TENSORS}")
 
     def test_whose_shapes_differ_are_named_with_both_files(self, models: Path) -> None:
         write(Path("b"), {**decoder(1), NORM: torch.ones(9)})
@@ -387,9 +388,11 @@ class TestTensors:
         with pytest.raises(CheckpointError) as e:
             plan()
         name = str(dtype).removeprefix("torch.")
+        remedy = "tensors that are not floating point are copied and must be equal in all models; take them from one"
+        if dtype == torch.float8_e4m3fn:
+            remedy = "float8_e4m3fn is copied, not merged; convert the models to bfloat16 first"
         assert str(e.value) == (
-            f"b/model.safetensors: tensor ids ({name}) differs from a/model.safetensors ({name}); "
-            "tensors that are not floating point must be equal in all models"
+            f"b/model.safetensors: tensor ids ({name}) differs from a/model.safetensors ({name}); {remedy}"
         )
 
     def test_that_are_integers_here_and_floats_there(self, models: Path) -> None:
@@ -416,6 +419,62 @@ class TestTensors:
         made = plan()
         assert name in [t.name for t in made.tensors]
         assert made.notes == ()
+
+    def test_that_a_pickle_holds_twice_are_left_out_with_a_note(self, models: Path) -> None:
+        bias = torch.arange(4.0)
+        names = ("cls.predictions.bias", "cls.predictions.decoder.bias")
+        write(Path("a"), {names[0]: bias})
+        Path("b/model.safetensors").unlink()
+        write(Path("b"), dict.fromkeys(names, bias), layout="bin")
+        for entries in (["a", "b"], ["b", "a"]):
+            made = plan(models=entries)
+            assert [t.name for t in made.tensors] == [names[0]]
+            assert made.notes == (f"{names[1]} of b: left out, it is {names[0]} again",)
+        for other in (bias.clone(), torch.cat([bias, bias])[4:]):  # equal, but not one memory
+            write(Path("b"), dict(zip(names, (bias, other))), layout="bin")
+            with pytest.raises(CheckpointError, match=r"tensor cls\.predictions\.decoder\.bias is not in a"):
+                plan()
+        square = torch.arange(4.0).view(2, 2)
+        write(Path("a"), {names[0]: square})
+        for other in (square.t(), square.view(4), square[:1]):  # one memory, but not the same tensor
+            write(Path("b"), dict(zip(names, (square, other))), layout="bin")
+            with pytest.raises(CheckpointError, match=r"tensor cls\.predictions\.decoder\.bias is not in a"):
+                plan()
+        write(Path("a"), dict(zip(names, (bias, bias + 1))))
+        write(Path("b"), dict.fromkeys(names, bias), layout="bin")
+        made = plan()
+        assert [t.name for t in made.tensors] == list(names)
+        assert made.notes == ()
+
+
+class TestConfigs:
+    def notes(self, a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+        for seed, (name, config) in enumerate((("a", a), ("b", b))):
+            write(Path(name), decoder(seed), {**CONFIG, **config})
+        return list(plan().notes)
+
+    def test_that_differ_are_noted(self, models: Path) -> None:
+        assert self.notes({"rms_norm_eps": 1e-5, "rope_theta": 1e4}, {"rms_norm_eps": 1e-6, "rope_theta": 5e5}) == [
+            "config.json of b: rms_norm_eps is 1e-06; the output takes 1e-05 from a",
+            "config.json of b: rope_theta is 500000.0; the output takes 10000.0 from a",
+        ]
+        assert self.notes({}, {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}) == [
+            "config.json of b: architectures is ['MistralForCausalLM']; the output takes ['LlamaForCausalLM'] from a",
+            "config.json of b: model_type is 'mistral'; the output takes 'llama' from a",
+        ]
+        assert self.notes({"text_config": {"hidden_act": "silu"}}, {"text_config": {"hidden_act": "gelu"}}) == [
+            "config.json of b: text_config.hidden_act is 'gelu'; the output takes 'silu' from a"
+        ]
+
+    def test_are_compared_across_versions_of_transformers(self, models: Path) -> None:
+        newer = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+        assert self.notes({"rope_theta": 10000}, newer) == []
+        assert self.notes(newer, {"rope_theta": 5e5}) == [
+            "config.json of b: rope_theta is 500000.0; the output takes 10000.0 from a"
+        ]
+
+    def test_may_differ_in_what_computes_nothing(self, models: Path) -> None:
+        assert self.notes({}, {"torch_dtype": "bfloat16", "_name_or_path": "x", "use_cache": False}) == []
 
 
 class TestFiles:
@@ -614,10 +673,6 @@ class TestTargets:
             self.refused(target, words, overwrite=True, **files)
         plan(target=Path("a/merged"), **files)
 
-    def test_that_hold_the_tokenizers_source(self, models: Path) -> None:
-        tokenizer(Path("words"), ["x", "y"])
-        self.refused("words", "words: is, holds or lies in", overwrite=True, tokenizer_source="words")
-
     def test_that_a_link_leads_to(self, models: Path) -> None:
         Path("link").symlink_to("b")
         plan(target=Path("out"), models=["a", "link"])
@@ -651,7 +706,33 @@ class TestTokenizers:
             tokenizer(Path(name), ["x", "y"])
         assert plan(tokenizer_source="b").tokenizer == Path("b")
         assert plan(tokenizer_source="base", base_model="base").tokenizer == Path("base")
-        assert plan(tokenizer_source="a/model.safetensors").tokenizer == Path("a")
+        assert plan(tokenizer_source="./b/").tokenizer == Path("b")
+        file = "a/model.safetensors"
+        assert plan(models=[file, "b"], tokenizer_source=file).tokenizer == Path("a")
+
+    def test_of_a_folder_that_is_not_merged(self, models: Path) -> None:
+        tokenizer(Path("base"), ["x", "y"])
+        with pytest.raises(ConfigError) as e:
+            plan(tokenizer_source="base@v1")
+        assert str(e.value) == "tokenizer_source: base@v1 is none of the models; expected base or one of a, b"
+        with pytest.raises(ConfigError, match=r"^tokenizer_source: \./base is none of the models"):
+            plan(tokenizer_source="./base")
+
+    @pytest.mark.parametrize("source", ["a", "base"])
+    def test_that_are_missing_where_they_were_asked_for(self, source: str, models: Path) -> None:
+        (Path("a") / "tokenizer_config.json").write_text("{}")
+        tokenizer(Path("b"), ["x", "y"])
+        with pytest.raises(CheckpointError) as e:
+            plan(tokenizer_source=source)
+        assert str(e.value) == (
+            "a: no tokenizer in it, such as tokenizer.json; "
+            "name a model that has one in tokenizer_source, or leave it out"
+        )
+        plan()
+        for file in ("tokenizer.model", "vocab.txt"):
+            (Path("a") / file).touch()
+            plan(tokenizer_source=source)
+            (Path("a") / file).unlink()
 
     def test_whose_vocabularies_differ(self, models: Path) -> None:
         tokenizer(Path("a"), ["x", "y", "z"])

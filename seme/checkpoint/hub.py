@@ -34,6 +34,14 @@ def local_path(path: str) -> Path | None:
         return None
 
 
+def same_model(a: ModelRef, b: ModelRef) -> bool:
+    """True for one reference, and for two spellings of one local path."""
+    if a == b or a.revision != b.revision:
+        return a == b
+    x, y = local_path(a.path), local_path(b.path)
+    return x is not None and y is not None and x.samefile(y)
+
+
 def locate(ref: ModelRef) -> Path | None:
     """Where a model is on this machine; None for one that only the hub can have. Asks nobody.
 

@@ -26,6 +26,18 @@ TOKENIZER_FILES = (
     "additional_chat_templates",
 )
 
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Those of which a tokenizer has at least one."""
+
 MODEL_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
