@@ -12,6 +12,8 @@ import json
 import os
 import random
 import shlex
+import shutil
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -150,7 +152,7 @@ def run(
     result = {
         "folder": str(out),
         "recipe": str(recipe),
-        "command": shlex.join(["seme", "merge", str(recipe), str(paths["merged"]), "--overwrite"]),
+        "command": shlex.join([*_program(), "merge", str(recipe), str(paths["merged"]), "--overwrite"]),
         "models": {name: str(path) for name, path in paths.items()},
         "sizes": asdict(sizes),
         "loss": loss,
@@ -160,6 +162,18 @@ def run(
     if not as_json:
         _print(result)
     return result
+
+
+def _program() -> list[str]:
+    """How to call this interpreter's ``seme`` from the current folder."""
+    script = Path(sys.executable).with_name("seme")
+    if not script.is_file():
+        return [sys.executable, "-m", "seme"]
+    found = shutil.which("seme")
+    if found is not None and script.samefile(found):
+        return ["seme"]
+    relative = os.path.relpath(script)
+    return [relative if os.sep in relative and len(relative) < len(str(script)) else str(script)]
 
 
 @contextmanager

@@ -95,10 +95,26 @@ def test_the_command_shown_repeats_the_merge(done: dict[str, Any], monkeypatch: 
     file = Path(done["models"]["merged"]) / "model.safetensors"
     before = file.read_bytes()
     file.unlink()
-    program, *arguments = shlex.split(done["command"])
-    assert program == "seme"
+    command = shlex.split(done["command"])
+    arguments = command[command.index("merge") :]
     assert cli.main([*arguments, "--quiet"]) == 0
     assert file.read_bytes() == before
+
+
+def test_the_command_shown_calls_this_seme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, other = tmp_path / "env" / "bin" / "seme", tmp_path / "other" / "seme"
+    monkeypatch.setattr(sys, "executable", str(ours.with_name("python")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(other.parent))
+    assert demo._program() == [sys.executable, "-m", "seme"]
+    for script in (ours, other):
+        script.parent.mkdir(parents=True)
+        script.touch(mode=0o755)
+    assert demo._program() == ["env/bin/seme"]
+    monkeypatch.chdir(ours.parent)  # without a slash the shell would look along the path
+    assert demo._program() == [str(ours)]
+    monkeypatch.setenv("PATH", f"{ours.parent}:{other.parent}")
+    assert demo._program() == ["seme"]
 
 
 def test_same_seed_same_bytes_and_nothing_of_the_caller_changes(
