@@ -137,10 +137,15 @@ def load(config: Mapping[str, Any] | str | Path) -> MergeConfig:
     import yaml
 
     if isinstance(config, Mapping):
-        data = _plain(config)
+        try:
+            data = _plain(config)
+        except RecursionError:
+            raise ConfigError("recipe: nested too deep, perhaps in itself") from None
         return _parse(data, yaml.safe_dump(data, sort_keys=False))
+    if not isinstance(config, (str, os.PathLike)):
+        raise ConfigError(f"recipe: {brief(config)}; expected a mapping, the path of a YAML file, or YAML text")
     text = str(config)
-    is_file = isinstance(config, Path) or ("\n" not in text and (local_path(text) is not None or ": " not in text))
+    is_file = not isinstance(config, str) or ("\n" not in text and (local_path(text) is not None or ": " not in text))
     if is_file:
         try:
             text = Path(config).expanduser().read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
 from seme.config import load
 from seme.dtypes import DType
 from seme.engine import Engine, Options, Progress, chunk_bytes
-from seme.errors import ConfigError, LateInterrupt
+from seme.errors import ConfigError, LateInterrupt, brief
 from seme.matrix_engine import MatrixEngine
 from seme.plan import Plan
 from seme.report.card import model_card
@@ -61,7 +62,7 @@ def merge(
     """Merge models as a recipe says and write the result as a Hugging Face model folder.
 
     Args:
-        config: the recipe: a mapping, a YAML file, or YAML text. See ``docs/`` for its keys.
+        config: the recipe: a mapping, a YAML file, or YAML text. ``docs/config.md`` has its keys.
         out: the new folder; it appears whole when all is on disk, or not at all.
         memory: limit of the buffers, e.g. ``"1GiB"``; the peak of the process is about 60 MB above.
         threads: chunks computed at once; default: the cores of this process.
@@ -79,6 +80,8 @@ def merge(
         SemeError: a mistake in recipe, checkpoints or target; the target is as it was.
         LateInterrupt: a KeyboardInterrupt after which the target is the new model; with any other it is as it was.
     """
+    if not isinstance(out, (str, os.PathLike)):
+        raise ConfigError(f"out: {brief(out)}; expected the path of the new folder")
     options = make_options(memory, threads, nonfinite)
     choose(backend, device, options.threads)  # before models are downloaded
     shard = parse_size(out_shard_size, "out_shard_size")
@@ -91,8 +94,8 @@ def make_options(memory: str | int, threads: int | None, nonfinite: str) -> Opti
     """Checked :class:`Options`; :class:`ConfigError` names the option that is wrong."""
     if nonfinite not in NONFINITE:
         raise ConfigError(f"nonfinite: {nonfinite!r}; expected one of {', '.join(NONFINITE)}")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads: {threads}; expected at least 1")
+    if threads is not None and not (isinstance(threads, Integral) and threads >= 1):
+        raise ConfigError(f"threads: {brief(threads)}; expected a whole number, at least 1")
     return Options(parse_size(memory, "memory"), threads or default_threads(), nonfinite)
 
 

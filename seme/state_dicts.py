@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
@@ -38,6 +39,8 @@ def merge_state_dicts(
 ) -> dict[str, torch.Tensor]:
     """Merge state dicts (or modules) tensor by tensor; the inputs are not changed.
 
+    Unlike :func:`seme.merge` this does not look for inf and NaN in the inputs: they go through the formula.
+
     Args:
         models: a sequence, or a mapping from an id to a model.
         method: name of a merge method; ``seme methods`` lists them.
@@ -61,6 +64,12 @@ def merge_state_dicts(
     import torch
 
     found = get(method)
+    if not isinstance(threads, Integral) or threads < 0:
+        raise ConfigError(f"threads: {brief(threads)}; expected a whole number, at least 0")
+    for name, given in (("dtype", dtype), ("out_dtype", out_dtype)):
+        if given is not None and not (isinstance(given, torch.dtype) and dtypes.from_torch(given).mergeable):
+            known = ", ".join(f"torch.{d}" for d in dtypes.MERGEABLE)
+            raise ConfigError(f"{name}: {brief(given)}; expected one of {known}")
     if isinstance(models, Mapping):
         ids: list[Hashable] = list(models)
         values = list(models.values())
@@ -74,6 +83,8 @@ def merge_state_dicts(
         for name, value in state.items():
             if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
                 raise SemeError(f"models[{model_id!r}]: entry {brief(name)} is not a dense tensor")
+            if value.is_meta:
+                raise SemeError(f"models[{model_id!r}]: tensor {brief(name)} is on device meta, without data; load it")
     if base is not None and base not in ids:
         raise ConfigError(f"base: {base!r} is not one of the models; known: {', '.join(map(repr, ids))}")
     index = ids.index(base) if base is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 from seme import dtypes
 from seme.checkpoint.hub import ModelRef
-from seme.config import Condition, Parameter, convert, interpolate, load, suggest
+from seme.config import KEYS, Condition, Parameter, convert, interpolate, load, suggest
 from seme.errors import ConfigError, brief
+from seme.methods import methods
 
 MODELS = [{"model": "a", "parameters": {"weight": 0.5}}, {"model": "b"}]
 RECIPE: dict[str, Any] = {"merge_method": "linear", "models": MODELS}
@@ -82,6 +84,19 @@ class TestLoading:
     def test_a_mapping_holds_nothing_that_yaml_could_not(self, value: Any) -> None:
         with pytest.raises(ConfigError, match=r"^recipe: .*: a recipe holds mappings, lists, numbers"):
             load({**RECIPE, "dtype": value})
+
+    def test_a_mapping_that_holds_itself(self) -> None:
+        recipe: dict[str, Any] = {**RECIPE}
+        recipe["models"] = [recipe]
+        with pytest.raises(ConfigError, match=r"^recipe: nested too deep, perhaps in itself$"):
+            load(recipe)
+
+    @pytest.mark.parametrize("config", [None, 5, [RECIPE], b"merge_method: linear"])
+    def test_of_what_is_no_recipe(self, config: Any) -> None:
+        with pytest.raises(
+            ConfigError, match=r"^recipe: .*; expected a mapping, the path of a YAML file, or YAML text$"
+        ):
+            load(config)
 
     def test_a_local_path_is_taken_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -440,6 +455,24 @@ def test_every_message_is_one_printable_line() -> None:
         load({**RECIPE, "models": [{"model": "+" + "x" * 10_000}]})
     assert len(str(e.value)) == 1000
     assert str(e.value).endswith("a recipe takes whole models")
+
+
+def test_the_docs_list_every_key_and_every_parameter_with_its_default() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
+    keys, *sections = text.split("### ")
+    assert tuple(re.findall(r"^\| `(\w+)` \|", keys, re.MULTILINE)) == KEYS
+    listed = {s.split("`")[1]: re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|", s, re.MULTILINE) for s in sections}
+    expected = {}
+    for name, method in methods().items():
+        expected[name] = [
+            (
+                p.name,
+                "all" if p.scope == "shared" else "each model",
+                "required" if p.required else str(p.default).lower(),
+            )
+            for p in method.params
+        ]
+    assert {k: sorted(v) for k, v in listed.items()} == {k: sorted(v) for k, v in expected.items()}
 
 
 def test_suggestions() -> None:

@@ -11,7 +11,7 @@ import yaml
 import seme
 from seme.checkpoint import Writer
 from seme.dtypes import bfloat16
-from seme.errors import BackendError, LateInterrupt, TargetError
+from seme.errors import BackendError, ConfigError, LateInterrupt, TargetError
 from seme.merging import merge, with_dtype
 
 from . import models as make
@@ -158,6 +158,26 @@ def test_a_backend_that_does_not_work_is_found_before_anything_is_downloaded(rec
         with pytest.raises(BackendError):
             merge({**recipe, "base_model": "hub/model"}, tmp_path / "out", **options)
     assert not asked
+
+
+@pytest.mark.parametrize("threads", ["2", 1.5, 0, -1])
+def test_threads_that_are_no_number_of_threads(threads, recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"^threads: .*; expected a whole number, at least 1$"):
+        merge(recipe, tmp_path / "out", threads=threads)
+
+
+@pytest.mark.parametrize("out", [None, 3])
+def test_an_output_that_is_no_path(out, recipe):
+    with pytest.raises(ConfigError, match=rf"^out: {out}; expected the path of the new folder$"):
+        merge(recipe, out)
+
+
+def test_a_recipe_with_a_fence_does_not_end_the_model_cards(recipe, tmp_path):
+    text = yaml.safe_dump(recipe) + "# ```\n# ````\n"
+    merge(text, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.endswith(f"`````yaml\n{text}`````\n")
+    assert "\n```yaml\n" in (merge(recipe, tmp_path / "other").path / "README.md").read_text()
 
 
 def test_custom_code_is_copied(tmp_path):

@@ -41,6 +41,14 @@ def test_same_bytes_as_the_streamed_merge(method, backend, tmp_path):
         assert torch.equal(tensor, streamed[name]), name
 
 
+def test_nan_and_inf_go_through_the_formula():
+    states = [{"w": torch.tensor([1.0, float("nan"), float("inf")])}, {"w": torch.ones(3)}]
+    found = seme.merge_state_dicts(states, "linear", parameters={"weight": 1})["w"]
+    assert found[0] == 1
+    assert torch.isnan(found[1])
+    assert torch.isinf(found[2])
+
+
 def test_slerp_by_ids_and_modules():
     a, b = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
     found = seme.merge_state_dicts({"x": a, "y": b}, "slerp", base="x", parameters={"t": 0})
@@ -134,6 +142,22 @@ def test_dtypes_and_buffers():
             "linear",
             {"parameters": {"weight": 1}},
             r"^tensor w \(float8_e4m3fn\) differs: float8_e4m3fn is copied, not merged; convert the models to bfloat16",
+        ),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"threads": -1}, "^threads: -1; expected a whole number, at least 0$"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"threads": "2"}, "^threads: '2'; expected a whole number"),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"dtype": torch.int32}, r"^dtype: torch.int32; expected one of torch\."),
+        ([{"w": torch.ones(2)}] * 2, "linear", {"dtype": "float32"}, r"^dtype: 'float32'; expected one of torch\."),
+        (
+            [{"w": torch.ones(2)}] * 2,
+            "linear",
+            {"out_dtype": torch.float8_e4m3fn},
+            r"^out_dtype: torch.float8_e4m3fn; expected one of torch.float32, torch.float16, ",
+        ),
+        (
+            [{"w": torch.ones(2, device="meta")}] * 2,
+            "linear",
+            {},
+            "tensor 'w' is on device meta, without data; load it",
         ),
         ([{"w": torch.ones(2)}] * 2, "linear", {"base": 5, "parameters": {"weight": 1}}, "5 is not one of the models"),
     ],

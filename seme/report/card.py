@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from typing import TYPE_CHECKING, Any
 
 from seme import __version__
@@ -44,5 +45,7 @@ def model_card(plan: Plan, name: str, report: dict[str, Any] | None = None) -> s
     lines += [f"- `{m}`" for m in models]
     lines.append("")
     lines += card_section(report) if report is not None else []
-    lines += ["## Recipe", "", "```yaml", plan.config.source.strip(), "```", ""]
+    recipe = plan.config.source.strip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
+    lines += ["## Recipe", "", f"{fence}yaml", recipe, fence, ""]
     return "\n".join(lines)
