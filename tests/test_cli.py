@@ -132,7 +132,7 @@ MISTAKES = {
     ),
     "bad memory": (edit(), ("--memory", "lots"), "memory: 'lots' is not a size"),
     "too little memory": (edit(), ("--memory", "1kB"), "--memory: 1000 bytes are too few"),
-    "bad threads": (edit(), ("--threads", "0"), "threads: 0; expected at least 1"),
+    "bad threads": (edit(), ("--threads", "0"), "threads: 0; expected a whole number, at least 1"),
     "no gpu": (edit(), ("--device", "cuda"), "no CUDA device"),
     "bad device": (edit(), ("--device", "tpu"), "device tpu: expected cpu, cuda or cuda:N"),
 }

@@ -524,7 +524,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("threads", [0, -1])
     def test_threads(self, threads: int) -> None:
-        with pytest.raises(ConfigError, match=rf"^threads: {threads}; expected at least 1$"):
+        with pytest.raises(ConfigError, match=rf"^threads: {threads}; expected a whole number, at least 1$"):
             make_options("1GiB", threads, "error")
 
     @pytest.mark.parametrize(
