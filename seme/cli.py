@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seme import __version__
-from seme.errors import LateInterrupt, SemeError
+from seme.errors import ConfigError, LateInterrupt, SemeError
 
 if TYPE_CHECKING:
     from seme.engine import Progress
@@ -145,11 +145,12 @@ def _merge(args: argparse.Namespace) -> int:
     from seme import plan as planning
     from seme.checkpoint import local_path
     from seme.config import load
-    from seme.merging import make_options, run
-    from seme.runtime import choose
+    from seme.merging import make_options, ready, run
     from seme.sizes import format_size, parse_size
 
     args.state = "; nothing was written"
+    if args.verbose and not args.dry_run:
+        raise ConfigError("--verbose: shows every tensor of the plan; add --dry-run")
     options = make_options(args.memory, args.threads, args.nonfinite)
     backend, _ = choose(args.backend, args.device, options.threads)  # before models are downloaded
     shard = parse_size(args.out_shard_size, "--out-shard-size")
@@ -157,11 +158,14 @@ def _merge(args: argparse.Namespace) -> int:
     if args.dry_run:
         from seme.report.plan import plan_as_dict, plan_as_text
 
+        try:
+            backend, _ = ready(plan, options, args.backend, args.device)
+        finally:
+            plan.close()
         if args.json:
             print(json.dumps(plan_as_dict(plan, options, backend, args.verbose), indent=2))
         else:
             print(plan_as_text(plan, options, backend, args.verbose))
-        plan.close()
         return 0
     if not args.quiet and not args.json:
         for note in plan.notes:
@@ -180,6 +184,7 @@ def _merge(args: argparse.Namespace) -> int:
             "seconds": result.seconds,
             "backend": result.backend,
             "peak_rss_bytes": peak,
+            "notes": list(plan.notes),
         }
         print(json.dumps(found))
     elif not args.quiet:

@@ -65,7 +65,6 @@ class Progress:
     done: int = 0
     read: int = 0
     written: int = 0
-    tensor: str = ""
     started: float = field(default_factory=time.monotonic)
 
 
@@ -89,7 +88,7 @@ def chunk_bytes(plan: Plan, options: Options) -> int:
     size = min(CHUNK_BYTES, options.memory // buffers)
     if size < least:
         raise ConfigError(
-            f"--memory: {options.memory} bytes are too few for {buffers} buffers; give at least {buffers * least}"
+            f"memory: {options.memory} bytes are too few for {buffers} buffers; give at least {buffers * least}"
         )
     return size // least * least
 
@@ -100,12 +99,14 @@ def buffer_memory(plan: Plan, options: Options) -> int:
 
 
 def peak_memory(plan: Plan, options: Options, backend: str) -> int:
-    """About how many bytes the process will hold at its peak: interpreter, plan, buffers, and torch if it is used."""
-    return (
-        (PROCESS_MEMORY if backend == "cpu" else TORCH_MEMORY)
-        + TENSOR_MEMORY * len(plan.tensors)
-        + buffer_memory(plan, options)
-    )
+    """About how many bytes the process will hold at its peak."""
+    return process_memory(plan, backend != "cpu") + buffer_memory(plan, options)
+
+
+def process_memory(plan: Plan, torch: bool) -> int:
+    """Bytes beside the buffers: interpreter, plan, torch if it is used, and ``.bin`` files, which torch maps."""
+    mapped = sum(s.nbytes for t in plan.tensors for s in t.sources if s.file.suffix != ".safetensors")
+    return (TORCH_MEMORY if torch or mapped else PROCESS_MEMORY) + TENSOR_MEMORY * len(plan.tensors) + mapped
 
 
 class _Task:
@@ -262,7 +263,6 @@ class Engine:
     def _start(self, plan: TensorPlan) -> None:
         widest = max([s.dtype.itemsize for s in plan.sources] + [plan.spec.dtype.itemsize])
         capacity = self.size // widest // BLOCK * BLOCK
-        self.progress.tensor = plan.name
         task = _Task(plan, None, capacity)
         if plan.spec.numel == 0:
             self._finished(task)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from seme.checkpoint import Writer
 from seme.dtypes import DType, float32
-from seme.engine import TENSOR_MEMORY, TORCH_MEMORY, Options, Progress
+from seme.engine import Options, Progress, process_memory
 from seme.errors import CheckpointError
 from seme.methods._matrix import Context, Stack
 from seme.ops.nonfinite import nonfinite
@@ -46,7 +46,7 @@ def buffer_memory(plan: Plan, options: Options) -> int:
 
 def peak_memory(plan: Plan, options: Options) -> int:
     """About how many bytes the process will hold at its peak: torch, plan, matrices, and the semantic bases if used."""
-    return TORCH_MEMORY + TENSOR_MEMORY * len(plan.tensors) + buffer_memory(plan, options) + bases_memory(plan)
+    return process_memory(plan, torch=True) + buffer_memory(plan, options) + bases_memory(plan)
 
 
 def bases_memory(plan: Plan) -> int:
@@ -97,7 +97,6 @@ class MatrixEngine:
             self._whole(arguments)
             return
         for tensor in self.plan.tensors:
-            self.progress.tensor = tensor.name
             if tensor.copy:
                 self._copy(tensor)
             elif tensor.spec.numel:
@@ -114,7 +113,6 @@ class MatrixEngine:
             tensor = tensors.get(name)
             if tensor is None or tensor.copy:  # a stored copy of a tied head, or integers: not asked for what it holds
                 return torch.zeros(plan.models[plan.donor].checkpoint.tensors[name].shape)
-            self.progress.tensor = name
             single = replace(tensor, group=replace(tensor.group, out_dtype=float32))
             found = torch.empty(tensor.spec.numel)
 

@@ -16,11 +16,11 @@ from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
 from seme.config import load
 from seme.dtypes import DType
 from seme.engine import Engine, Options, Progress, chunk_bytes
-from seme.errors import ConfigError, LateInterrupt, brief
+from seme.errors import CheckpointError, ConfigError, LateInterrupt, brief
 from seme.matrix_engine import MatrixEngine
 from seme.plan import Plan
 from seme.report.card import model_card
-from seme.runtime import choose
+from seme.runtime import Runtime, choose
 from seme.sizes import parse_size
 
 NONFINITE = ("error", "keep", "zero")
@@ -64,7 +64,7 @@ def merge(
     Args:
         config: the recipe: a mapping, a YAML file, or YAML text. ``docs/config.md`` has its keys.
         out: the new folder; it appears whole when all is on disk, or not at all.
-        memory: limit of the buffers, e.g. ``"1GiB"``; the peak of the process is about 60 MB above.
+        memory: limit of the buffers, e.g. ``"1GiB"``; the peak of the process is about 30 MB above.
         threads: chunks computed at once; default: the cores of this process.
         backend: auto, cpu, torch, triton or cuda.
         device: cpu or cuda[:N].
@@ -111,8 +111,7 @@ def run(
     """Run a plan made for the folder ``out``; see :func:`merge`."""
     writer = None
     try:
-        chosen, make_runtime = choose(backend, device, options.threads)
-        check_options(plan, options)
+        chosen, make_runtime = ready(plan, options, backend, device)
         with Writer(out.resolve(), plan.layout, overwrite) as writer:
             _write_small_files(plan, writer)
             report = None
@@ -137,33 +136,40 @@ def run(
     return MergeResult(out, len(plan.tensors), done.read, done.written, time.monotonic() - done.started, chosen)
 
 
-def check_options(plan: Plan, options: Options) -> None:
-    """Refuse options that this plan cannot be run with.
+def ready(plan: Plan, options: Options, backend: str, device: str) -> tuple[str, Callable[[int, int], Runtime]]:
+    """The backend and its runtimes, as :func:`seme.runtime.choose` gives them, once all that a plan needs is there.
 
     Raises:
-        ConfigError: too little memory for the buffers, or NaN that would spread over whole matrices.
+        SemeError: a backend that does not work here, too little memory for the buffers, NaN that would spread over
+            whole matrices, or a file that cannot be copied.
     """
+    chosen = choose(backend, device, options.threads)
     if not plan.method.matrix:
         chunk_bytes(plan, options)
     elif options.nonfinite == "keep":
         raise ConfigError(f"nonfinite: keep: {plan.method.name} would spread a NaN over whole matrices; use zero")
+    for file in _copied(plan):
+        if not os.access(file, os.R_OK):
+            raise CheckpointError(f"{file}: no permission to read it; it belongs to the output, make it readable")
+    return chosen
+
+
+def _copied(plan: Plan) -> list[Path]:
+    """The files that the output takes over as they are."""
+    donor = plan.models[plan.donor].checkpoint
+    found = [donor.path / name for name in MODEL_FILES if (donor.path / name).is_file()]
+    if donor.config.get("auto_map"):
+        found += sorted(donor.path.glob("*.py"))
+    return found + [plan.tokenizer / name for name in TOKENIZER_FILES if (plan.tokenizer / name).exists()]
 
 
 def _write_small_files(plan: Plan, writer: Writer) -> None:
-    donor = plan.models[plan.donor].checkpoint.path
     writer.index()
     config = plan.models[plan.donor].checkpoint.config
     if config:
         writer.json("config.json", with_dtype(config, plan.out_dtype))
-    for file in MODEL_FILES:
-        if (donor / file).is_file():
-            writer.copy(donor / file)
-    if config.get("auto_map"):
-        for code in sorted(donor.glob("*.py")):
-            writer.copy(code)
-    for file in TOKENIZER_FILES:
-        if (plan.tokenizer / file).exists():
-            writer.copy(plan.tokenizer / file)
+    for file in _copied(plan):
+        writer.copy(file)
     writer.text("seme_config.yml", plan.config.source.rstrip() + "\n")
 
 

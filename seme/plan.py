@@ -7,6 +7,7 @@ architectures.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -216,7 +217,7 @@ def _plan(
     method.asks_for_whole({t.name: t.arguments for t in tensors if not t.copy})
     where = layout([(t.name, t.spec.dtype, t.spec.shape) for t in tensors], max_shard)
     if target is not None:
-        _check_space(target, sum(where.sizes))
+        _check_place(target, sum(where.sizes))
     if config.tokenizer_source is not None:
         _check_tokenizer(tokenizer, models)
     weight = Counter[DType]()
@@ -281,10 +282,15 @@ def _check_target(target: Path, sources: list[Path], overwrite: bool, recipe: Pa
     check_free(target, overwrite)
 
 
-def _check_space(target: Path, needed: int) -> None:
+def _check_place(target: Path, needed: int) -> None:
+    """Refuse a place where the output cannot be made."""
     existing = target.resolve().parent
     while not existing.exists():
         existing = existing.parent
+    if not existing.is_dir():
+        raise TargetError(f"{target}: {existing} is not a folder; choose another output folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise TargetError(f"{target}: {existing} cannot be written to; choose another output folder")
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise TargetError(f"{target}: the output needs {format_size(needed)}, {format_size(free)} are free; make room")

@@ -131,27 +131,39 @@ MISTAKES = {
         "a/model.safetensors: 3000 bytes, the header describes",
     ),
     "bad memory": (edit(), ("--memory", "lots"), "memory: 'lots' is not a size"),
-    "too little memory": (edit(), ("--memory", "1kB"), "--memory: 1000 bytes are too few"),
+    "too little memory": (edit(), ("--memory", "1kB"), "memory: 1000 bytes are too few"),
+    "NaN in a matrix method": (
+        edit(task_arithmetic="iso_c"),
+        ("--nonfinite", "keep"),
+        "nonfinite: keep: iso_c would spread a NaN over whole matrices; use zero",
+    ),
     "bad threads": (edit(), ("--threads", "0"), "threads: 0; expected a whole number, at least 1"),
+    "verbose without a plan": (edit(), ("--verbose",), "--verbose: shows every tensor of the plan; add --dry-run"),
     "no gpu": (edit(), ("--device", "cuda"), "no CUDA device"),
     "bad device": (edit(), ("--device", "tpu"), "device tpu: expected cpu, cuda or cuda:N"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_exit_2_with_one_line_and_write_nothing(mistake, capsys, here):
+def test_mistakes_exit_2_with_one_line_and_write_nothing(mistake, capsys, here, *more):
     prepare, options, message = MISTAKES[mistake]
     if mistake == "no gpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     prepare(here)
     before = sorted(os.listdir(here))
-    code, out, err = seme(capsys, "merge", "recipe.yml", "out", *options)
+    code, out, err = seme(capsys, "merge", "recipe.yml", "out", *options, *more)
     assert code == 2
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("seme: error: ")
     assert message in err
     assert untouched(here, before)
+
+
+@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m not in ("nan", "verbose without a plan")])
+def test_mistakes_show_in_the_dry_run(mistake, capsys, here):
+    """All but what only the data tell."""
+    test_mistakes_exit_2_with_one_line_and_write_nothing(mistake, capsys, here, "--dry-run")
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--quiet", "--json"])
@@ -178,6 +190,7 @@ def test_notes_are_printed_and_planned(capsys, here):
     assert f"note      {note}\n" in seme(capsys, "merge", "recipe.yml", "out", "--dry-run")[1]
     assert note in json.loads(seme(capsys, "merge", "recipe.yml", "out", "--dry-run", "--json")[1])["notes"]
     assert seme(capsys, "merge", "recipe.yml", "out")[1].startswith(f"note: {note}\n")
+    assert json.loads(seme(capsys, "merge", "recipe.yml", "two", "--json")[1])["notes"] == [note]
 
 
 def test_options_reach_the_merge(capsys, here):
@@ -455,6 +468,27 @@ def test_help_is_quick():
         assert done.returncode == 0
         assert "merge models as a mergekit-style YAML recipe says" in done.stdout
     assert min(spent) < 0.5, "CPU seconds"
+
+
+@pytest.mark.parametrize("layout", ["single", "bin"])
+def test_the_peak_that_the_dry_run_tells(layout, here):
+    """torch takes most of it for a ``.bin`` file, and maps the file."""
+    for name in ("base", "a"):
+        shutil.rmtree(here / name)
+        write(here / name, {"w": torch.ones(20_000_000)}, CONFIG, layout=layout)
+    told, found = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-m", "seme", "merge", "recipe.yml", "out", "--threads", "1", "--json", *more],
+                capture_output=True,
+                text=True,
+                env=child_environment(),
+                check=True,
+            ).stdout
+        )
+        for more in (["--dry-run"], [])
+    )
+    assert 0.4 < found["peak_rss_bytes"] / told["peak_memory_bytes"] < 2.5
 
 
 def test_memory_does_not_depend_on_the_model(here):

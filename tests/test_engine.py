@@ -515,7 +515,7 @@ class TestOptions:
         plan = self.plan()
         least = 5 * (2 + engine.WAITING) * 8 * BLOCK
         assert chunk_bytes(plan, Options(least, 2)) == 8 * BLOCK
-        message = rf"^--memory: {least - 1} bytes are too few for 20 buffers; give at least {least}$"
+        message = rf"^memory: {least - 1} bytes are too few for 20 buffers; give at least {least}$"
         with pytest.raises(ConfigError, match=message):
             chunk_bytes(plan, Options(least - 1, 2))
         with pytest.raises(ConfigError, match=message):

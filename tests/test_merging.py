@@ -1,6 +1,7 @@
 """seme.merge: the folder it leaves is a model that transformers loads, with everything that belongs to it."""
 
 import json
+import os
 import shutil
 import stat
 
@@ -10,9 +11,11 @@ import yaml
 
 import seme
 from seme.checkpoint import Writer
+from seme.config import load
 from seme.dtypes import bfloat16
-from seme.errors import BackendError, ConfigError, LateInterrupt, TargetError
-from seme.merging import merge, with_dtype
+from seme.errors import BackendError, CheckpointError, ConfigError, LateInterrupt, TargetError
+from seme.merging import make_options, merge, ready, with_dtype
+from seme.plan import make as make_plan
 
 from . import models as make
 from .checkpoints import CONFIG, decoder, read, write
@@ -178,6 +181,19 @@ def test_a_recipe_with_a_fence_does_not_end_the_model_cards(recipe, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.endswith(f"`````yaml\n{text}`````\n")
     assert "\n```yaml\n" in (merge(recipe, tmp_path / "other").path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "modeling_x.py"])
+def test_a_file_that_cannot_be_copied_shows_before_bytes(name, tmp_path, monkeypatch):
+    config = {**CONFIG, "auto_map": {"AutoModel": "modeling_x.Model"}}
+    file = write(tmp_path / "a", decoder(1), config) / name
+    file.write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, _: path != file)
+    recipe = {"merge_method": "linear", "models": [{"model": str(tmp_path / "a")}], "parameters": {"weight": 1}}
+    plan = make_plan(load(recipe))
+    with pytest.raises(CheckpointError, match=rf"^{file}: no permission to read it; it belongs to the output"):
+        ready(plan, make_options("1GiB", 1, "error"), "auto", "cpu")
+    plan.close()
 
 
 def test_custom_code_is_copied(tmp_path):

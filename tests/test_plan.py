@@ -678,6 +678,17 @@ class TestTargets:
         plan(target=Path("out"), models=["a", "link"])
         self.refused("b", "b: is, holds or lies in the input model link", models=["a", "link"], overwrite=True)
 
+    def test_below_a_file(self, models: Path) -> None:
+        Path("file").touch()
+        for target in ("file/out", "file/deep/out"):
+            self.refused(target, f"{target}: {models / 'file'} is not a folder; choose another output folder")
+
+    def test_without_permission(self, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+        monkeypatch.setattr(os, "access", lambda *asks: asked.append(asks))
+        self.refused("new/out", f"new/out: {models} cannot be written to; choose another output folder")
+        assert asked == [(models, os.W_OK | os.X_OK)]
+
     def test_without_space(self, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         needed = plan().bytes_written
         asked = []
