@@ -1,4 +1,4 @@
-// One source, several instruction sets: a kernel body is inlined into functions compiled for x86-64-v2
+// One source, several instruction sets: a kernel body is inlined into functions compiled for plain x86-64
 // (baseline), -v3 (AVX2) and -v4 (AVX-512), and the best one the machine has is called. No flag applies to
 // the whole library, so it loads and runs on any x86-64; on other architectures there is only the baseline.
 //

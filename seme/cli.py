@@ -146,13 +146,14 @@ def _merge(args: argparse.Namespace) -> int:
     from seme.checkpoint import local_path
     from seme.config import load
     from seme.merging import make_options, ready, run
+    from seme.runtime import choose
     from seme.sizes import format_size, parse_size
 
     args.state = "; nothing was written"
     if args.verbose and not args.dry_run:
         raise ConfigError("--verbose: shows every tensor of the plan; add --dry-run")
     options = make_options(args.memory, args.threads, args.nonfinite)
-    backend, _ = choose(args.backend, args.device, options.threads)  # before models are downloaded
+    choose(args.backend, args.device, options.threads)  # before models are downloaded
     shard = parse_size(args.out_shard_size, "--out-shard-size")
     plan = planning.make(load(Path(args.config)), args.out, shard, args.overwrite, local_path(args.config))
     if args.dry_run:
