@@ -117,6 +117,26 @@ def test_wide_matrices(rho):
     assert torch.equal(merge([inputs[0]] * 3, rho=rho), inputs[0])
 
 
+@pytest.mark.parametrize("shape", [(9, 70), (70, 9), (33, 33)])
+def test_coherence_is_of_the_task_vectors_as_they_are(shape):
+    """Experts of one direction and different lengths; in float64, so that what flattening depends on shows."""
+    base, first, second = tensors(shape, experts=2, dtype=torch.float64)
+    inputs = [base, first, base + 5 * (first - base) + (second - base), second]
+    weight = [1.0, 0.5, 2.0]
+    found, wanted = merge(inputs, weight=weight, flatten=1.0), expected(inputs, weight=weight, flatten=1.0)
+    # 1e-6 of the change: rounding of 1e-16, raised by the cut at 1e-6 and squares.
+    assert float((found - wanted).abs().max()) < 1e-6 * moved(inputs)
+
+
+def test_directions_that_no_moment_has_go_to_the_base():
+    """rho 0 and moments of few labels: the shares add up to the identity only where some expert has a share."""
+    inputs, bases = tensors((40, 33), dtype=torch.float64), Bases(60, 33)
+    arguments = {"rho": 0.0, "sigma": 1.0, "select": 0.05, "flatten": 0.0}
+    found, wanted = merge(inputs, READS, bases, **arguments), expected(inputs, READS, bases, **arguments)
+    # 1e-4 of the change: bases are float32, and the smallest kept eigenvalues divide by themselves.
+    assert float((found - wanted).abs().max()) < 1e-4 * moved(inputs)
+
+
 def test_the_side_of_the_matrix_makes_a_difference():
     inputs = tensors((33, 40))
     assert not torch.allclose(merge(inputs, WRITES), merge(inputs, WRITES, axis="latent"), atol=1e-5)
