@@ -147,6 +147,27 @@ def test_labels_are_those_the_expert_learned(tmp_path):
         assert expert["distinct"][0]["id"] == label
 
 
+def test_energies_do_not_depend_on_the_sign_between_tensors(folders, tmp_path):
+    """gate and up that move alike, or one against the other, have the same energies but for the estimate's noise."""
+    found = []
+    for sign in (1, -1):
+        config = json.loads((folders[0] / "config.json").read_text())
+        tuned = []
+        for i in (1, 2):
+            state = read(folders[0])
+            for layer in (0, 1):
+                name = f"model.layers.{layer}.mlp.{{}}_proj.weight"
+                delta = 0.1 * torch.randn(state[name.format("up")].shape, generator=torch.Generator().manual_seed(i))
+                state[name.format("gate")] = state[name.format("gate")] + delta
+                state[name.format("up")] = state[name.format("up")] + sign * delta
+            tuned.append(make.raw(tmp_path / f"m{sign}{i}", state, config, vocab=96))
+        merge(recipe([folders[0], *tuned]), tmp_path / f"out{sign}")
+        report = json.loads((tmp_path / f"out{sign}" / "merge_report.json").read_text())
+        found.append([e["labels"][0]["energy"] for x in report["layers"] for e in x["experts"]])
+    # 32 probes estimate an energy to about a quarter; the same signs would make one of the two nearly zero.
+    assert found[0] == pytest.approx(found[1], rel=0.5)
+
+
 def test_dry_run_shows_roles_and_rules(folders, tmp_path, capsys):
     import yaml
 

@@ -80,6 +80,7 @@ class Matrix:
     """One 2-D problem of a stack, oriented as a linear layer's weight: [out, in], inputs along the rows.
 
     Attributes:
+        name: of the tensor, and the place in it if it is a stack of matrices.
         out: rows.
         width: columns: the axis whose second moments are taken.
         latent: the columns are the residual stream.
@@ -88,6 +89,7 @@ class Matrix:
     def __init__(self, stack: Stack, offset: int, shape: tuple[int, int], flipped: bool, latent: bool) -> None:
         """``shape`` as stored; ``flipped``: the stored matrix is the transpose of this one."""
         self.stack, self.latent = stack, latent
+        self.name = f"{stack.group.name}[{offset}]"
         self.out, self.width = shape[::-1] if flipped else shape
         self._offset, self._flipped = offset, flipped
         self._whole: dict[int, torch.Tensor] = {}

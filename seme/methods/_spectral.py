@@ -30,13 +30,14 @@ def workspace(role: TensorRole, shape: tuple[int, ...], experts: int, arguments:
 
 
 def merge(stack: Stack, weight: Sequence[float], scale: float, combine: Combine) -> None:
-    """base + scale * combine(weighted task vectors) for matrices; the weighted mean for the rest."""
+    """base + scale * combine(weighted task vectors that are not zero) for matrices; the weighted mean for the rest."""
     if not is_matrix(stack.role, stack.shape):
         stack.mean(weight, scale)
         return
     for matrix in stack.matrices():
-        deltas = [matrix.delta(m) * w for m, w in zip(stack.group.experts, weight)]
-        matrix.add(combine(deltas), scale)
+        deltas = [matrix.delta(m) * w for m, w in zip(stack.group.experts, weight) if w]
+        deltas = [t for t in deltas if t.any()]
+        matrix.add(combine(deltas) if deltas else matrix.zeros(matrix.out, matrix.width), scale)
 
 
 def reference(
@@ -57,4 +58,6 @@ def reference(
     problems = zip(*(t.reshape(shape) for t in deltas))
     import torch
 
-    return origin + scale * torch.stack([combine(list(p)) for p in problems]).reshape(origin.shape)
+    moved = [[t for t in p if t.any()] for p in problems]
+    found = [combine(p) if p else torch.zeros(shape[1:], dtype=torch.float64) for p in moved]
+    return origin + scale * torch.stack(found).reshape(origin.shape)

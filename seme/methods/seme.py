@@ -23,6 +23,7 @@ this project's own. See ``docs/method.md``.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,7 +102,8 @@ def reference(
     latent = role.latent_axis == ("out" if left else "in")
     frame = bases.double() if bases is not None and latent else None
     if rule == "elect":
-        found = _reference_elect(problems, weight, select, frame)
+        voting = [(t, w) for t, w in zip(problems, weight) if w > 0]
+        found = _reference_elect([t for t, _ in voting], [w for _, w in voting], select, frame)
     else:
         found = _reference_project(problems, weight, rho, sigma, select, frame)
         found = _reference_flatten(found, [t for t, w in zip(problems, weight) if w > 0], flatten)
@@ -301,6 +303,9 @@ def merge(
         seed: (sequence) of the random numbers that the text is drawn with.
     """
     what = describe(stack.role, stack.shape, {"rule": rule, "axis": axis})
+    largest = max(weight, default=0)
+    if largest > 0:  # only their ratios count; so no product with one overflows
+        weight = [w / largest for w in weight]
     if what == "mean" or sum(w > 0 for w in weight) < 2:  # one expert has all shares, whatever the rule
         stack.mean(weight, lambda_)
     elif what == "drift":
@@ -347,7 +352,7 @@ class _Sketch:
     def __init__(self, matrix: Matrix) -> None:
         import torch
 
-        generator = torch.Generator().manual_seed(0x5E3E)
+        generator = torch.Generator().manual_seed(zlib.crc32(matrix.name.encode()))
         signs = torch.randint(0, 2, (PROBES, matrix.out), generator=generator, dtype=torch.int8)
         self.signs = (signs * 2 - 1).to(matrix.stack.context.device)
         self.rows = matrix.zeros(PROBES, matrix.width)
@@ -579,8 +584,10 @@ def _select(matrix: Matrix, moment: torch.Tensor, energy: float, sigma: float, s
     weights = energies.new_zeros(len(energies))
     weights[kept] = energies[kept]
     semantic = weighted_gram(frame, weights, **options)
-    moment *= 1 - sigma
-    moment += semantic.to(moment.dtype) * (sigma / float(semantic.diagonal().sum()))
+    trace = float(semantic.diagonal().sum())
+    if trace > 0:
+        moment *= 1 - sigma
+        moment += semantic.to(moment.dtype) * (sigma / trace)
 
 
 class _Solver:
@@ -662,7 +669,8 @@ def _elect(matrix: Matrix, weight: Sequence[float], scale: float, select: float)
     from seme.ops.elect_select import elect_select
 
     stack = matrix.stack
-    experts, options = stack.group.experts, stack.context.options()
+    options = stack.context.options()
+    experts, weight = zip(*((m, w) for m, w in zip(stack.group.experts, weight) if w > 0))
     if matrix.latent:
         frame, dual = stack.context.frame, stack.context.dual
     else:

@@ -39,9 +39,11 @@ def combine(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     left, values, right = [], [], []
     for delta in deltas:
         u, s, v = torch.linalg.svd(delta, full_matrices=False)
-        left.append(u[:, :rank])
-        values.append(s[:rank])
-        right.append(v[:rank].mT)
+        # The vectors of singular values that are zero are arbitrary, and would push the others' aside.
+        kept = min(rank, int((s > max(delta.shape) * torch.finfo(s.dtype).eps * s[0]).sum()))
+        left.append(u[:, :kept])
+        values.append(s[:kept])
+        right.append(v[:kept].mT)
     return (_orthonormal(torch.cat(left, 1)) * torch.cat(values)) @ _orthonormal(torch.cat(right, 1)).mT
 
 

@@ -10,7 +10,6 @@ and energies are estimated from random sign combinations of rows (see :mod:`seme
 
 from __future__ import annotations
 
-import zlib
 from typing import TYPE_CHECKING, Any
 
 from seme.roles import layer as layer_of
@@ -27,6 +26,7 @@ Layer = tuple[str, int]
 """A stack of layers, e.g. ``model.layers``, and the number of one."""
 LABELS = 8
 """Labels listed per layer and expert."""
+KEYS = ("labels", "distinct")
 CARD_LAYERS = 12
 """Layers in the model card; of deeper models evenly spaced ones."""
 
@@ -56,17 +56,16 @@ class MergeReport:
         rows = entry.pop("rows")
         layer = layer_of(name)
         if rows is not None and layer is not None:
-            self._add_rows(name, layer, rows, entry["norm"])
+            self._add_rows(layer, rows, entry["norm"])
         if name in self._tensors:
             entry = _average([self._tensors[name], entry])
         self._tensors[name] = entry
 
-    def _add_rows(self, name: str, layer: Layer, rows: Sequence[torch.Tensor], norms: Sequence[float]) -> None:
-        sign = 1 if zlib.crc32(name.encode()) & 1 else -1
+    def _add_rows(self, layer: Layer, rows: Sequence[torch.Tensor], norms: Sequence[float]) -> None:
         for m, (sketch, norm) in enumerate(zip(rows, norms)):
             if norm > 0:
                 # Sums of sketches with independent signs are sketches of the matrices below one another.
-                scaled = sketch * (sign / (norm * len(sketch) ** 0.5))
+                scaled = sketch / (norm * len(sketch) ** 0.5)
                 found = self._sketches.get((layer, m))
                 self._sketches[layer, m] = scaled if found is None else found + scaled
 
@@ -111,23 +110,53 @@ class MergeReport:
             found = bases()
         except SemeError:  # a model without a head has no labels
             return {}
-        frame = found.matrix()
-        layers: dict[Layer, list[dict[str, Any]]] = {}
-        for layer in sorted({layer for layer, _ in self._sketches}):
-            rows = [self._sketches.get((layer, m)) for m in range(len(self.experts))]
-            here = torch.cat([r for r in rows if r is not None]).to(frame.dtype)
-            squares = iter((frame @ here.T).square_().split([len(r) for r in rows if r is not None], 1))
-            energies = [torch.zeros(len(frame)) if r is None else next(squares).sum(1).float() for r in rows]
-            stacked = torch.stack(energies)
-            layers[layer] = []
-            for energy in energies:
-                others = (stacked.sum(0) - energy) / max(len(energies) - 1, 1)
-                listed = {}
-                for key, value in (("labels", energy), ("distinct", energy - others)):
-                    top = value.topk(min(LABELS, len(value))).indices.tolist()
-                    listed[key] = [{"id": i, "token": found.labels[i], "energy": float(energy[i])} for i in top]
-                layers[layer].append(listed)
-        return layers
+        layers = sorted({layer for layer, _ in self._sketches})
+        best = {(layer, m, key): _Best() for layer in layers for m in range(len(self.experts)) for key in KEYS}
+        for index in found.head.tiles():
+            frame = found.units(index)
+            for layer in layers:
+                rows = [self._sketches.get((layer, m)) for m in range(len(self.experts))]
+                energies = torch.stack(
+                    [
+                        torch.zeros(len(frame), dtype=frame.dtype)
+                        if r is None
+                        else (frame @ r.to(frame.dtype).T).square_().sum(1)
+                        for r in rows
+                    ]
+                )
+                others = (energies.sum(0) - energies) / max(len(energies) - 1, 1)
+                for m, energy in enumerate(energies):
+                    best[layer, m, "labels"].add(index.start, energy, energy)
+                    best[layer, m, "distinct"].add(index.start, energy - others[m], energy)
+        return {
+            layer: [{key: best[layer, m, key].listed(found.labels) for key in KEYS} for m in range(len(self.experts))]
+            for layer in layers
+        }
+
+
+class _Best:
+    """The labels of largest value, kept while tiles of all labels go by."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._value, self._energy = torch.empty(0), torch.empty(0)
+        self._label = torch.empty(0, dtype=torch.int64)
+
+    def add(self, start: int, value: torch.Tensor, energy: torch.Tensor) -> None:
+        """Take a tile's values, and the energies that are shown for them; ``start`` is its first label."""
+        import torch
+
+        top = value.topk(min(LABELS, len(value))).indices
+        values = torch.cat([self._value, value[top].float()])
+        energies, labels = torch.cat([self._energy, energy[top].float()]), torch.cat([self._label, top + start])
+        kept = values.topk(min(LABELS, len(values))).indices
+        self._value, self._energy, self._label = values[kept], energies[kept], labels[kept]
+
+    def listed(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """Entries of the report, the largest value first."""
+        pairs = zip(self._label.tolist(), self._energy.tolist())
+        return [{"id": i, "token": texts[i], "energy": energy} for i, energy in pairs]
 
 
 def _average(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:

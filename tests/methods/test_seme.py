@@ -137,6 +137,23 @@ def test_directions_that_no_moment_has_go_to_the_base():
     assert float((found - wanted).abs().max()) < 1e-4 * moved(inputs)
 
 
+def test_elect_weighs_and_leaves_out():
+    inputs, bases = tensors((40, 33)), Bases(530, 33)
+    weight = [1.0, 0.1, 3.0]
+    found = merge(inputs, READS, bases, rule="elect", weight=weight)
+    close(found, expected(inputs, READS, bases, rule="elect", weight=weight), inputs, 1e4)
+    assert not torch.allclose(found, merge(inputs, READS, bases, rule="elect"), atol=1e-4)
+    without = merge(inputs[:3], READS, bases, rule="elect", weight=weight[:2])
+    assert torch.equal(merge(inputs, READS, bases, rule="elect", weight=[*weight[:2], 0.0]), without)
+
+
+@pytest.mark.parametrize("role", [OTHER, TensorRole(Role.VOCABULARY), TensorRole(Role.NORM)])
+@pytest.mark.parametrize("size", [1e38, 1e-45, 1e300])
+def test_only_ratios_of_weights_count(size, role):
+    inputs = tensors((40, 33))
+    assert torch.equal(merge(inputs, role, weight=[size, size, size]), merge(inputs, role))
+
+
 def test_the_side_of_the_matrix_makes_a_difference():
     inputs = tensors((33, 40))
     assert not torch.allclose(merge(inputs, WRITES), merge(inputs, WRITES, axis="latent"), atol=1e-5)

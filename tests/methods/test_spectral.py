@@ -63,3 +63,30 @@ def test_reference_weights_scale_and_vectors(method):
         wanted = get(method).reference(inputs, base=0, weight=[1.0, 2.0, 0.5], lambda_=0.6)
         # float32 SVDs against float64 ones: errors of some ulp times the spread of the singular values.
         assert (found - wanted).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_tsv_m_of_what_did_not_move_or_does_not_count(weight):
+    """An expert that is the base, or has no weight, takes no share of the rank."""
+    base, first, second, third = models()
+    wanted = merge("tsv_m", [base, first, second])
+    other = base if weight else third
+    assert torch.equal(merge("tsv_m", [base, first, second, other], weight=[1.0, 1.0, weight]), wanted)
+
+
+def test_tsv_m_of_low_rank_experts_in_orthogonal_spaces_is_their_sum():
+    gen = torch.Generator().manual_seed(3)
+    base = torch.randn(30, 20, generator=gen)
+    left, right = (
+        torch.linalg.qr(torch.randn(30, 4, generator=gen))[0],
+        torch.linalg.qr(torch.randn(20, 4, generator=gen))[0],
+    )
+    deltas = [left[:, i : i + 2] @ right[:, i : i + 2].T for i in (0, 2)]
+    found = merge("tsv_m", [base, *(base + d for d in deltas)])
+    assert torch.allclose(found, base + sum(deltas), atol=1e-5)  # float32 sums of numbers near 1
+
+
+def test_no_expert_moved():
+    base = models()[0]
+    for method in ("tsv_m", "iso_c"):
+        assert torch.equal(merge(method, [base, base, base]), base)
