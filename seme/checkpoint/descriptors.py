@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Descriptors:
     """The open files of one checkpoint or writer. Safe from many threads."""
 
     _lock = threading.Lock()
+    _closed: ClassVar[deque[Descriptors]] = deque()  # whose files are to be closed by whoever gets the lock next
     _open: ClassVar[dict[tuple[Descriptors, Path], _File]] = {}  # of all of them, the least recently used first
 
     def __init__(self, flags: int) -> None:
@@ -45,18 +47,33 @@ class Descriptors:
             self._open[self, path] = file
             file.users += 1
         try:
+            self._sweep()
             yield file.descriptor
         finally:
             with self._lock:
                 file.users -= 1
                 if file.users == 0 and self._open.get((self, path)) is not file:
                     os.close(file.descriptor)
+            self._sweep()
 
     def close(self) -> None:
-        """Close them; a later :meth:`use` opens them again."""
-        with self._lock:
-            for key in [k for k in self._open if k[0] is self]:
-                self._drop(key)
+        """Close them; a later :meth:`use` opens them again.
+
+        Never waits: the garbage collector may call it anywhere, also in a thread that has the lock.
+        """
+        self._closed.append(self)
+        self._sweep()
+
+    @classmethod
+    def _sweep(cls) -> None:
+        while cls._closed and cls._lock.acquire(blocking=False):  # who has the lock sweeps when it is free again
+            try:
+                while cls._closed:
+                    owner = cls._closed.popleft()
+                    for key in [k for k in cls._open if k[0] is owner]:
+                        cls._drop(key)
+            finally:
+                cls._lock.release()
 
     @classmethod
     def _make_room(cls) -> None:

@@ -106,3 +106,28 @@ def test_many_threads(files: list[Path]) -> None:
     assert len(opened(files)) <= 8
     some.close()
     assert opened(files) == set()
+
+
+def test_closing_while_the_lock_is_held_does_not_wait(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the garbage collector runs in :meth:`Descriptors.use`, and finds a checkpoint nobody has any more."""
+    gone, used = Descriptors(os.O_RDONLY), Descriptors(os.O_RDONLY)
+    with gone.use(files[0]):
+        pass
+    plain = os.open
+
+    def open_and_collect(path: Path, flags: int) -> int:
+        gone.close()
+        return plain(path, flags)
+
+    monkeypatch.setattr(os, "open", open_and_collect)
+    found: list[set[str]] = []
+
+    def work() -> None:
+        with used.use(files[1]):
+            found.append(opened(files))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(20)
+    assert found == [{"1"}]
+    used.close()
