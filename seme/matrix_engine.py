@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from seme.checkpoint import Writer
+from seme.checkpoint import Checkpoint, Stored, Writer
 from seme.dtypes import DType, float32
 from seme.engine import Options, Progress, process_memory
 from seme.errors import CheckpointError
@@ -129,9 +129,11 @@ class MatrixEngine:
                 self._store(tensor, 0, merged.reshape(-1))
                 written.add(name)
 
+        if self.options.nonfinite == "error":
+            self._check()
         order = [plan.donor, *(i for i in range(len(plan.models)) if i != plan.donor)]
         assert plan.method.whole is not None
-        told = plan.method.whole([plan.models[i].checkpoint for i in order], arguments, emit, data_free)
+        told = plan.method.whole([_Finite(plan.models[i].checkpoint, self) for i in order], arguments, emit, data_free)
         self.report.extra["sequence"] = told
         for tensor in plan.tensors:
             if tensor.copy:
@@ -140,6 +142,14 @@ class MatrixEngine:
                 raise CheckpointError(
                     f"{tensor.sources[0].file}: tensor {tensor.name} was not merged; use rule: project"
                 )
+
+    def _check(self) -> None:
+        """Find inf and NaN before a model runs with them, which takes long and then names no tensor."""
+        for tensor in self.plan.tensors:
+            for model, source in enumerate(() if tensor.copy else tensor.sources):
+                step = PIECE // source.dtype.itemsize
+                for start in range(0, source.numel, step):
+                    self._load(tensor, model, start, min(start + step, source.numel))
 
     def stack(self, tensor: TensorPlan, store: Callable[[int, torch.Tensor], None]) -> Stack:
         """One tensor of all models, for a method; the output goes to ``store``."""
@@ -158,19 +168,28 @@ class MatrixEngine:
         source = tensor.sources[model]
         dtype = source.dtype
         found = torch.empty(stop - start, dtype=dtype.to_torch())
-        if start == stop:
-            return found
-        self.plan.models[model].checkpoint.read_into(source, start * dtype.itemsize, _bytes(found, dtype))
+        if start < stop:
+            self.plan.models[model].checkpoint.read_into(source, start * dtype.itemsize, _bytes(found, dtype))
+            self.finite_(found, source)
+        return found
+
+    def finite_(self, found: torch.Tensor, source: Stored) -> None:
+        """Apply ``--nonfinite``, in place, to what was read of a tensor.
+
+        Raises:
+            CheckpointError: inf or NaN, and they are an error.
+        """
+        import torch
+
         self.progress.read += found.nbytes
         count = int(nonfinite([found], threads=self.options.threads)[0])
+        if count and self.options.nonfinite == "error":
+            raise CheckpointError(
+                f"{source.file}: tensor {source.name}: {count} or more of {source.numel} elements are inf or NaN; "
+                "repair the model, or pass --nonfinite zero"
+            )
         if count:
-            if self.options.nonfinite == "error":
-                raise CheckpointError(
-                    f"{source.file}: tensor {source.name}: {count} or more of {source.numel} elements are inf or NaN; "
-                    "repair the model, or pass --nonfinite zero"
-                )
-            found = torch.where(torch.isfinite(found), found, torch.zeros_like(found))
-        return found
+            found.masked_fill_(~torch.isfinite(found), 0)
 
     def _store(self, tensor: TensorPlan, start: int, values: torch.Tensor) -> None:
         dtype = tensor.spec.dtype
@@ -191,6 +210,22 @@ class MatrixEngine:
             self.plan.models[0].checkpoint.read_into(source, start, piece)
             self.writer.write(tensor.name, start, piece)
             self._count(len(piece))
+
+
+class _Finite:
+    """A checkpoint, for a method that reads it by itself: what it reads is as ``--nonfinite`` says."""
+
+    def __init__(self, checkpoint: Checkpoint, engine: MatrixEngine) -> None:
+        self.path, self.tensors, self.config = checkpoint.path, checkpoint.tensors, checkpoint.config
+        self._checkpoint, self._engine = checkpoint, engine
+
+    def read_into(self, tensor: Stored, start: int, buffer: memoryview) -> None:
+        """As that of the checkpoint; the piece is of whole elements."""
+        import torch
+
+        self._checkpoint.read_into(tensor, start, buffer)
+        if tensor.dtype.mergeable and len(buffer):
+            self._engine.finite_(torch.frombuffer(buffer, dtype=tensor.dtype.to_torch()), tensor)
 
 
 def _bytes(tensor: torch.Tensor, dtype: DType) -> memoryview:

@@ -273,6 +273,30 @@ def test_sequence(folders, tmp_path):
     assert report["sequence"]["moved"]["model.layers.1.mlp.up_proj.weight"] > 0
 
 
+@pytest.mark.parametrize("which", [0, 2])
+def test_sequence_and_nonfinite_inputs(folders, which, tmp_path, monkeypatch):
+    """An error names the tensor before a model has written anything; with zero, zeros are merged."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    state, zeros = read(folders[which]), read(folders[which])
+    state[name][3, 2:4] = torch.tensor([float("nan"), float("inf")])
+    zeros[name][3, 2:4] = 0
+    config = json.loads((folders[0] / "config.json").read_text())
+    bad, repaired = make.raw(tmp_path / "bad", state, config), make.raw(tmp_path / "repaired", zeros, config)
+    parameters = {"rule": "sequence", "probes": 1}
+
+    def with_(folder):
+        return recipe([*folders[:which], folder, *folders[which + 1 :]], parameters=parameters)
+
+    merge(with_(bad), tmp_path / "out", nonfinite="zero")
+    merge(with_(repaired), tmp_path / "wanted")
+    found, wanted = read(tmp_path / "out"), read(tmp_path / "wanted")
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+    monkeypatch.setattr("seme.semantics.skeleton.Skeleton.write", lambda *args: pytest.fail("text was written"))
+    with pytest.raises(CheckpointError, match=rf"bad/model.safetensors: tensor {name}: 2 or more of 512 elements"):
+        merge(with_(bad), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_sequence_is_for_whole_models(folders, tmp_path):
     mixed = {"rule": [{"filter": "mlp", "value": "sequence"}, {"value": "project"}]}
     with pytest.raises(ConfigError, match=r"parameters.rule: rule sequence needs one value .* found project, sequence"):
