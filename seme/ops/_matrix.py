@@ -169,7 +169,7 @@ def acc_of(*operands: Operand) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-# The CPU kernels: torch multiplies tiles, C++ (csrc/cpu/matrix.cpp, elect.cpp, resolve.cpp) does what is around it.
+# The CPU kernels: torch multiplies tiles, C++ (csrc/cpu: matrix, elect, nearest, erase) does what is around it.
 # Tiles bound the memory besides operands and results; their sizes were found by measuring (benchmarks/matrix.py).
 
 TILE = 1 << 21

@@ -1,7 +1,8 @@
 """Second pass of rule ``elect``: SCE (select, calculate, erase) in semantic coordinates, recomposed and added.
 
 ``z_m = T_m S^T``, ``T_m = tensors[m] - base``. A position (row, label) is kept if the key of its variance over experts
-(:mod:`seme.ops.elect_select`) is at least the threshold; its sign is that of ``sum_m z_m``, 0 counting as plus; the
+(:mod:`seme.ops.elect_select`) is at least the threshold, by which a caller of the op may select; rule ``elect`` passes
+0 and merges all positions. Its sign is that of ``sum_m z_m``, 0 counting as plus; the
 experts that have this sign (0 has none) are averaged with weights eta:
 
     c = sum_m eta_m z_m agree_m / sum_m eta_m agree_m        (0 where nobody agrees, or nothing is kept)
