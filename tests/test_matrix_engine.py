@@ -269,7 +269,7 @@ def test_sequence(folders, tmp_path):
     assert all(torch.allclose(free[n], project[n], atol=1e-6) for n in a)  # the order in which tensors are taken
     assert not torch.allclose(a["model.layers.1.mlp.up_proj.weight"], project["model.layers.1.mlp.up_proj.weight"])
     report = json.loads((tmp_path / "a" / "merge_report.json").read_text())
-    assert report["sequence"]["tokens"] == 16 * 128
+    assert report["sequence"]["tokens"] == 16 * 64  # of 128 the positions that the models have
     assert report["sequence"]["moved"]["model.layers.1.mlp.up_proj.weight"] > 0
 
 

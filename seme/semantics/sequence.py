@@ -47,7 +47,7 @@ class Probes:
     Attributes:
         count: batches.
         batch: sequences of a batch, which run through a layer together.
-        length: tokens of a sequence.
+        length: tokens of a sequence; fewer if one of the models has fewer positions.
         temperature: the logits are divided by it before a token is drawn.
         seed: of the random numbers. Every expert gets the same ones, so the order of the experts does not matter.
     """
@@ -172,6 +172,9 @@ class _Merge:
                 )
         # The base is an expert with a task vector of zero.
         self.models = [*experts, self.base] if settings.keep else experts
+        # The text of one model runs in the result as well, so every model must have the positions.
+        positions = (model.positions for model in (self.base, *experts))
+        self.length = min([settings.probes.length, *(n for n in positions if n is not None)])
         self.weights = {stored: self._weights(stored, len(experts)) for stored in self.base.stored.values()}
         self.moved: dict[str, float] = {}
 
@@ -202,7 +205,7 @@ class _Merge:
 
         p = self.settings.probes
         generator = torch.Generator().manual_seed(p.seed)
-        return list(model.write(p.count * p.batch, p.length, p.temperature, generator).split(p.batch))
+        return list(model.write(p.count * p.batch, self.length, p.temperature, generator).split(p.batch))
 
     def _enter(self, model: Skeleton, texts: list[torch.Tensor], outside: Mapping[str, torch.Tensor]) -> _Stream:
         own = model.weights(model.outside)

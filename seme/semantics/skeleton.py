@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
+"""What families call the number of positions in ``config.json``."""
+
+
 class _Stop(Exception):
     """Not an error: it ends a forward pass at the module that was asked for."""
 
@@ -85,6 +89,7 @@ class Skeleton:
     Attributes:
         where: folder of the checkpoint.
         vocabulary: number of token ids.
+        positions: tokens of the longest text that its config allows; None if it does not say.
         stored: by the name that transformers has for a parameter, the checkpoint's name.
         layers: the decoder layers, ``prefix`` their name.
         outside: names of the parameters outside the layers, without an untied head's.
@@ -107,9 +112,12 @@ class Skeleton:
             config = transformers.AutoConfig.from_pretrained(self.where, local_files_only=True)
             with _weightless():
                 self.model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
-            count = config.get_text_config().num_hidden_layers
+            text = config.get_text_config()
+            count = text.num_hidden_layers
         except Exception as e:
             raise self._unsupported(f"transformers cannot build it as a causal model ({_first_line(e)})") from e
+        limits = [getattr(text, name, None) for name in _POSITIONS]
+        self.positions = min((n for n in limits if isinstance(n, int) and n > 0), default=None)
         self.prefix, self.layers = self._find_layers(count)
         self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         self._head = self.model.get_output_embeddings()

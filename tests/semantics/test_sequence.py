@@ -206,6 +206,31 @@ def test_formula_in_float64(llamas: list[Checkpoint]) -> None:
         assert (wanted - start).abs().max() > 1e-2
 
 
+def test_biases_are_made_up_for(tmp_path: Path) -> None:
+    """The result's bias is not an expert's, and the weight takes what it lacks: ``Y_m + b_m - b``, in float64."""
+    base = models.decoder("Qwen2", tmp_path / "base", tokenizer=False, dtype=torch.float32, initializer_range=0.2)
+    experts = [models.perturbed(base, tmp_path / f"expert{i}", seed=i, scale=0.2) for i in (1, 2)]
+    checkpoints = [Checkpoint(p) for p in (base, *experts)]
+    free = mean(checkpoints)
+    out, _ = merged(checkpoints, free, trust=0.8, rho=1.0)  # so the metric is the identity
+    module = "model.layers.0.self_attn.v_proj"
+    name, bias = f"{module}.weight", f"{module}.bias"
+    owned, start = [state(c) for c in checkpoints[1:]], free[name].double()
+    normal, error, lacking = (torch.zeros(n, len(start[0]), dtype=torch.float64) for n in (32, len(start), len(start)))
+    for c, e in zip(checkpoints[1:], owned):
+        ids = write(c)
+        x, y = inputs(c.path, e, ids, module), inputs(c.path, out, ids, module)
+        share = len(x) / float(x.square().sum())
+        normal += share * y @ y.T
+        error += share * (e[name].double() @ x - start @ y) @ y.T
+        lacking += share * torch.outer((e[bias] - free[bias]).double(), y.sum(1))
+    inverse = torch.linalg.inv(0.8 * normal + 0.2 * normal.diagonal().mean() * torch.eye(32, dtype=torch.float64))
+    wanted = start + 0.8 * (error + lacking) @ inverse
+    # Activations in float32, against steps of about 1e-2.
+    assert (out[name] - wanted).abs().max() < 1e-5
+    assert (0.8 * lacking @ inverse).abs().max() > 1e-3
+
+
 def write(checkpoint: Checkpoint) -> torch.Tensor:
     with torch.no_grad():
         return Skeleton(checkpoint).write(6, 11, 1.0, torch.Generator().manual_seed(0))
@@ -235,6 +260,19 @@ def test_text_is_what_the_model_would_say(llamas: list[Checkpoint]) -> None:
     warm = write(llamas[1])
     assert torch.equal(warm[:5, :1], write(llamas[2])[:5, :1])  # every expert starts from the same tokens
     assert not torch.equal(warm, write(llamas[2]))
+
+
+@pytest.mark.parametrize(("name", "key"), [("GPT2", "n_positions"), ("OPT", "max_position_embeddings")])
+def test_text_is_no_longer_than_the_positions(name: str, key: str, tmp_path: Path) -> None:
+    base = Checkpoint(family(name, tmp_path / "base", **{key: 7}))
+    _, report = merged([base, base], probes=Probes(count=1, batch=2, length=20))
+    assert report.tokens == 2 * 7
+
+
+def test_the_shortest_positions_of_all_models_count(tmp_path: Path) -> None:
+    paths = [family("Llama", tmp_path / str(n), max_position_embeddings=n) for n in (16, 5, 9)]
+    _, report = merged([Checkpoint(p) for p in paths], probes=Probes(count=1, batch=2, length=20))
+    assert report.tokens == 2 * 5
 
 
 def test_keeping_the_base_pulls_towards_it(llamas: list[Checkpoint]) -> None:
