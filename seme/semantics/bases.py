@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,7 +118,11 @@ class SemanticBases:
         self.condition, self.method = inverse.condition, inverse.method
         self.stored = storage.path(self._key, "inverse") if self._key is not None and kept else None
         factor = self.inverse if head.gain is None else head.gain[:, None] * self.inverse
-        self._factor = factor.to(self.dtype)
+        # A power of two takes the squares of very large or small heads, which the inverse has, out of the way.
+        largest = float(factor.abs().max())
+        far = not 1e-30 < largest < 1e30 and 0 < largest < math.inf
+        self._scale = 2.0 ** max(-120, min(120, round(math.log2(largest) / 2))) if far else 1.0
+        self._factor = (factor / self._scale**2).to(self.dtype)
         self.seconds = time.perf_counter() - started
 
     @classmethod
@@ -167,11 +172,16 @@ class SemanticBases:
 
     def vectors(self, index: Index) -> torch.Tensor:
         """``s_i`` for the labels of an index: bases at their own length, [n, d]."""
-        return self.head.read(index).to(self.dtype) @ self._factor
+        return self._scaled_vectors(index) * self._scale if self._scale != 1 else self._scaled_vectors(index)
+
+    def _scaled_vectors(self, index: Index) -> torch.Tensor:
+        """The same divided by :attr:`_scale`."""
+        x = self.head.read(index).to(self.dtype)
+        return (x if self._scale == 1 else x * self._scale) @ self._factor
 
     def units(self, index: Index) -> torch.Tensor:
         """``s_hat_i`` for the labels of an index: bases at length one, [n, d]; a zero basis stays zero."""
-        return _to_unit_(self.vectors(index))[0]
+        return _to_unit_(self._scaled_vectors(index))[0]
 
     def tile(self, start: int, stop: int) -> torch.Tensor:
         """``S_hat[start:stop]``, [stop - start, d]. Other tile bounds change no more than the rounding of a product."""
@@ -188,7 +198,8 @@ class SemanticBases:
 
         out = torch.empty((self.size, self.width), dtype=self.dtype, device=self.head.device)
         for index in self.head.tiles():
-            torch.mm(self.head.read(index).to(self.dtype), self._factor, out=out[index])
+            x = self.head.read(index).to(self.dtype)
+            torch.mm(x if self._scale == 1 else x * self._scale, self._factor, out=out[index])
             _to_unit_(out[index])
         return out
 
@@ -230,7 +241,8 @@ class SemanticBases:
         frame = torch.zeros(shapes["frame"], dtype=torch.float64, device=self.head.device)
         norms = torch.empty(self.size, dtype=torch.float64, device=self.head.device)
         for index in self.head.tiles():
-            units, norms[index] = _to_unit_(self.vectors(index))
+            units, lengths = _to_unit_(self._scaled_vectors(index))
+            norms[index] = lengths * self._scale
             add_gram_(frame, units.double())
         mirror_(frame)
         self._to_cache("frame", {"frame": frame, "norms": norms}, "")
@@ -266,6 +278,8 @@ class SemanticBases:
             add_gram_(gram, x)
             rest += x.sum(0)  # in float32 torch adds up by halves, which loses next to nothing
         mirror_(gram)
+        if not 1e-25 < float(gram.diagonal().max()) < 1e35:
+            return None  # products of such numbers may be none in float32
         size = self._scaled_(gram).diagonal().sqrt()  # of each coordinate, over the labels
         gain = 1.0 if self.head.gain is None else self.head.gain
         c, rest = gain * common.double(), gain * rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,14 @@ def decoded(folder: Path | None, size: int) -> list[str]:
     if tokenizer is not None:
         known = min(size, len(tokenizer) if hasattr(tokenizer, "__len__") else tokenizer.get_vocab_size())
         return [_decode(tokenizer, i) or unknown[i] for i in range(known)] + unknown[known:]
-    for token, i in (vocabulary(folder) or {}).items():
-        if 0 <= i < size:
-            unknown[i] = token
+    for token, i in _numbered(vocabulary(folder) or {}, size).items():
+        unknown[i] = token
     return unknown
+
+
+def _numbered(tokens: Mapping[str, Any], size: int) -> dict[str, int]:
+    """The tokens whose ids are labels; a file may have any JSON for one."""
+    return {t: i for t, i in tokens.items() if isinstance(t, str) and type(i) is int and 0 <= i < size}
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -76,7 +81,7 @@ def by_name(folder: Path | None, size: int) -> dict[str, int]:
     if found is None:
         where = "a head without a folder" if folder is None else str(folder)
         raise SemeError(f"{where}: no tokenizer.json or vocab.json; give the shared labels as pairs of indices")
-    return {token: i for token, i in found.items() if 0 <= i < size}
+    return _numbered(found, size)
 
 
 def _by_bytes(folder: Path | None, size: int) -> dict[bytes, int]:

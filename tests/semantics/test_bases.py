@@ -10,6 +10,7 @@ from seme import SemanticBases
 from seme.errors import BackendError, CheckpointError, SemeError
 from seme.semantics import bases as module
 from seme.semantics import cache
+from seme.semantics.labels import by_name
 
 from .. import models as make
 from ..checkpoints import read, write
@@ -198,6 +199,16 @@ def test_nonfinite_heads_are_refused(value):
         SemanticBases.from_head(head)
 
 
+@pytest.mark.parametrize("exponent", [-100, -70, 70, 100])
+def test_very_large_and_small_heads_have_the_same_units(exponent):
+    head, factor = make_head(300, 16, dtype=torch.float32), 2.0**exponent
+    bases, wanted = SemanticBases.from_head(head * factor), SemanticBases.from_head(head)
+    assert error(bases.matrix(), wanted.matrix()) < 1e-5  # one is of products in float64, the other in float32
+    assert error(bases.dual(), wanted.dual()) < 1e-5
+    assert error(bases.vectors(slice(0, 300)).double() * factor, wanted.vectors(slice(0, 300))) < 1e-5
+    torch.testing.assert_close(bases.norms * factor, wanted.norms, rtol=1e-5, atol=0)
+
+
 def test_bad_arguments():
     with pytest.raises(SemeError, match=r"head: shape \[5\] of torch.float32; expected 2 axes"):
         SemanticBases.from_head(torch.ones(5))
@@ -329,6 +340,15 @@ def test_labels_are_the_text_of_the_tokens(tmp_path):
     (folder / "vocab.json").write_text(json.dumps({"x": 0, "Ġy": 2}))
     assert SemanticBases.from_checkpoint(folder).labels[:4] == ["x", "<1>", "Ġy", "<3>"]
     assert SemanticBases.from_head(make_head(3, 2)).labels == ["<0>", "<1>", "<2>"]
+
+
+def test_ids_that_are_no_numbers_are_no_labels(tmp_path):
+    folder = make.llama(tmp_path / "model", tokenizer=False)
+    added = {"added_tokens": [{"content": "b", "id": None}]}
+    vocab = {"model": {"vocab": {"x": 0, "y": "1", "z": 2.0, "u": True, "w": 4}}, **added}
+    (folder / "tokenizer.json").write_text(json.dumps(vocab))
+    assert SemanticBases.from_checkpoint(folder).labels[:6] == ["x", "<1>", "<2>", "<3>", "w", "<5>"]
+    assert by_name(folder, 4) == {"x": 0}
 
 
 def test_checkpoints_without_a_head_that_can_be_used(tmp_path):
