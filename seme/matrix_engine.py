@@ -45,8 +45,22 @@ def buffer_memory(plan: Plan, options: Options) -> int:
 
 
 def peak_memory(plan: Plan, options: Options) -> int:
-    """About how many bytes the process will hold at its peak: torch, plan, matrices, and the semantic bases if used."""
-    return process_memory(plan, torch=True) + buffer_memory(plan, options) + bases_memory(plan)
+    """About how many bytes the process will hold at its peak: torch, plan, matrices, and the semantic bases if used.
+
+    Where a method runs models, one of them as well, with the keys and values of what it writes.
+    """
+    return process_memory(plan, torch=True) + buffer_memory(plan, options) + bases_memory(plan) + model_memory(plan)
+
+
+def model_memory(plan: Plan) -> int:
+    """Bytes of the largest model as rule ``sequence`` runs it to write text; 0 for other rules."""
+    arguments = {t.name: t.arguments for t in plan.tensors if not t.copy}
+    if not plan.method.asks_for_whole(arguments):
+        return 0
+    from seme.semantics.sequence import Probes, writing_memory
+
+    probes = Probes(count=next(iter(arguments.values()))["probes"])
+    return max(writing_memory(m.checkpoint, probes) for m in plan.models)
 
 
 def bases_memory(plan: Plan) -> int:

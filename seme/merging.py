@@ -64,7 +64,8 @@ def merge(
     Args:
         config: the recipe: a mapping, a YAML file, or YAML text. ``docs/config.md`` has its keys.
         out: the new folder; it appears whole when all is on disk, or not at all.
-        memory: limit of the buffers, e.g. ``"1GiB"``; the peak of the process is about 30 MB above.
+        memory: limit of the buffers, e.g. ``"1GiB"``; of element-wise methods the process peaks about 30 MB above, of
+            others the dry run (``seme merge --dry-run``) says where.
         threads: chunks computed at once; default: the cores of this process.
         backend: auto, cpu, torch, triton or cuda.
         device: cpu or cuda[:N].

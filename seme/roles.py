@@ -375,7 +375,7 @@ def _text(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         parts.insert(0, inner)
 
 
-def _number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+def number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     """The first of these entries that is a positive whole number."""
     found = (part.get(key) for part in _text(config) for key in keys)
     return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
@@ -386,7 +386,7 @@ def hidden_size(config: Mapping[str, Any], shapes: Shapes) -> int:
 
     0 if there is no matrix at all.
     """
-    said = _number(config, _WIDTHS)
+    said = number(config, _WIDTHS)
     if said is not None:
         return said
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
@@ -438,7 +438,7 @@ class _Structure:
 def _structure(config: Mapping[str, Any], shapes: Shapes, named: Mapping[str, Role | None]) -> _Structure:
     """Count how the matrices are stored."""
     width = hidden_size(config, shapes)
-    found = _Structure(width, _number(config, ("vocab_size",)), _number(config, _EXPERTS), shapes, {})
+    found = _Structure(width, number(config, ("vocab_size",)), number(config, _EXPERTS), shapes, {})
     votes: Counter[int] = Counter()
     for name, role in named.items():
         batch = found.batch(name)

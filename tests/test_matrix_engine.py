@@ -297,6 +297,21 @@ def test_sequence_and_nonfinite_inputs(folders, which, tmp_path, monkeypatch):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_the_dry_run_counts_the_model_that_writes(dtype, size, tmp_path, capsys):
+    """Rule sequence takes one model more than project, and keys and values: 2 layers, 2 of 4 heads of width 8."""
+    folder = make.llama(tmp_path / "base", dtype=dtype)
+    peaks = {}
+    for rule in ("project", "sequence"):
+        file = tmp_path / f"{rule}.yml"
+        file.write_text(json.dumps(recipe([folder, folder], parameters={"rule": rule, "probes": 3})))
+        assert main(["merge", str(file), str(tmp_path / "out"), "--dry-run", "--json"]) == 0
+        peaks[rule] = json.loads(capsys.readouterr().out)["peak_memory_bytes"]
+    model = sum(t.numel() for t in read(folder).values())
+    counted = peaks["sequence"] - peaks["project"] - size * (model + 2 * 2 * (3 * 16) * 128 * 2 * 8)
+    assert 0 <= counted < 1 << 16  # the matrices of one tensor differ a little
+
+
 def test_sequence_is_for_whole_models(folders, tmp_path):
     mixed = {"rule": [{"filter": "mlp", "value": "sequence"}, {"value": "project"}]}
     with pytest.raises(ConfigError, match=r"parameters.rule: rule sequence needs one value .* found project, sequence"):

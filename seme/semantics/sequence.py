@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from seme.checkpoint.reader import Checkpoint
 from seme.errors import CheckpointError, ConfigError
+from seme.roles import hidden_size, layers, number
 from seme.semantics.skeleton import Maps, Skeleton, is_transposed
 
 if TYPE_CHECKING:
@@ -64,6 +65,25 @@ class Probes:
                 raise ConfigError(f"probes.{name}: {getattr(self, name)}; expected at least 1")
         if not self.temperature > 0:
             raise ConfigError(f"probes.temperature: {self.temperature}; expected more than 0")
+
+
+def writing_memory(checkpoint: Checkpoint, probes: Probes) -> int:
+    """About how many bytes a model takes while it writes: its weights, and keys and values of all rows.
+
+    ``config.json`` says how wide keys and values are; without a number there they are as wide as the stream.
+    """
+    embeddings = [t for t in checkpoint.tensors.values() if "emb" in t.name or "wte" in t.name]
+    first = next(iter(embeddings or checkpoint.tensors.values()))
+    itemsize = 2 if first.dtype.itemsize == 2 else 4
+    weights = sum(t.numel for t in checkpoint.tensors.values())
+    shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
+    config = checkpoint.config
+    width = hidden_size(config, shapes)
+    heads = number(config, ("num_attention_heads", "n_head", "n_heads", "num_heads")) or 1
+    groups = number(config, ("num_key_value_heads", "num_kv_heads")) or heads
+    head = number(config, ("head_dim",)) or width // heads
+    depth = max(layers(shapes).values(), default=0)
+    return itemsize * (weights + 2 * depth * probes.count * probes.batch * probes.length * groups * head)
 
 
 @dataclass(frozen=True)
