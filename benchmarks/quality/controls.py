@@ -42,6 +42,17 @@ def _unit(moment: torch.Tensor) -> torch.Tensor:
     return moment / trace if trace > 0 else moment
 
 
+def embedding(base: State, experts: Sequence[State]) -> torch.Tensor:
+    """The experts' task vectors of the embedding [experts, v, d]."""
+    return torch.stack([e[EMBEDDING].double() - base[EMBEDDING].double() for e in experts])
+
+
+def drift(task: torch.Tensor) -> torch.Tensor:
+    """The rule of ``seme`` for embeddings: each row is the mean over the experts, weighted by how far each moved it."""
+    energy = task.square().sum(2, keepdim=True)
+    return (energy * task).sum(0) / energy.sum(0).clamp(min=1e-300)
+
+
 def project(
     base: State, experts: Sequence[State], vectors: torch.Tensor, sigma: float, select: float = 0.1, rho: float = 0.2
 ) -> State:
@@ -50,8 +61,7 @@ def project(
     for name, start in base.items():
         task = [e[name].double() - start.double() for e in experts]
         if name == EMBEDDING:
-            energy = torch.stack([t.square().sum(1, keepdim=True) for t in task])
-            merged[name] = (energy * torch.stack(task)).sum(0) / energy.sum(0).clamp(min=1e-300)
+            merged[name] = drift(torch.stack(task))
         elif start.ndim != 2:
             merged[name] = sum(task) / len(task)
         else:
@@ -61,7 +71,7 @@ def project(
                 moment = _unit(t.T @ t)
                 if not name.endswith(WRITES) and sigma:
                     energy = ((vectors @ moment) * vectors).sum(1)
-                    kept = energy.topk(max(1, round(select * len(energy)))).indices
+                    kept = energy.topk(max(1, int(select * len(energy)))).indices
                     label = _unit(vectors[kept].T @ (energy[kept, None] * vectors[kept]))
                     moment = (1 - sigma) * moment + sigma * label
                 shares.append((1 - rho) * size * moment + rho * torch.eye(size, dtype=torch.float64))
@@ -70,11 +80,14 @@ def project(
 
 
 def elect(base: State, experts: Sequence[State], vectors: torch.Tensor, select: float = 0.1) -> State:
-    """Rule ``elect`` with ``vectors`` in the place of the bases; every matrix along its latent axis."""
+    """Rule ``elect`` with ``vectors`` in the place of the bases; matrices along their latent axis."""
     dual = torch.linalg.solve(vectors.T @ vectors, vectors.T).T
     merged = {}
     for name, start in base.items():
         task = torch.stack([e[name].double() - start.double() for e in experts])
+        if name == EMBEDDING:
+            merged[name] = drift(task)
+            continue
         if start.ndim != 2:
             merged[name] = task.mean(0)
             continue
@@ -84,7 +97,7 @@ def elect(base: State, experts: Sequence[State], vectors: torch.Tensor, select: 
         z = task @ vectors.T
         variance = z.var(0, unbiased=False)
         selected = torch.zeros_like(variance).flatten()
-        selected[variance.flatten().topk(max(1, round(select * variance.numel()))).indices] = 1
+        selected[variance.flatten().topk(max(1, int(select * variance.numel()))).indices] = 1
         energy = (z.square() * selected.view_as(variance)).sum((1, 2))
         total = energy.sum()
         eta = energy / total if total > 0 else torch.full_like(energy, 1 / len(energy))

@@ -91,14 +91,17 @@ class Method:
         delta: what it adds to the base at scale 1.
         default: the scale (lambda) that it is used with.
         tuned: also measured at other scales, to find the best.
+        fixed: tensors that are merged at scale 1 whatever the scale.
     """
 
     kind: str
     delta: Callable[[Case], State]
     default: float = 1.0
     tuned: bool = True
+    fixed: tuple[str, ...] = ()
 
 
+INPUT = (controls.EMBEDDING,)
 METHODS: dict[str, Method] = {
     "average": Method("peer", lambda c: _mean(c), tuned=False),
     "task arithmetic": Method("peer", lambda c: c.api("task_arithmetic", weight=1.0), default=0.3),
@@ -122,6 +125,10 @@ METHODS: dict[str, Method] = {
     "elect, random vectors": Method("control", lambda c: _elect(c, "random"), tuned=False),
     "elect, LM-head rows": Method("control", lambda c: _elect(c, "head"), tuned=False),
     "elect, raw coordinates": Method("control", lambda c: _elect(c, "raw"), tuned=False),
+    "task arithmetic, drift embeddings": Method("control", lambda c: _drift(c, "task arithmetic"), 0.3, fixed=INPUT),
+    "TSV-M, drift embeddings": Method("control", lambda c: _drift(c, "TSV-M"), fixed=INPUT),
+    "Iso-C, drift embeddings": Method("control", lambda c: _drift(c, "Iso-C"), fixed=INPUT),
+    "project, mean embeddings": Method("control", lambda c: _averaged(c), tuned=False),
     "RegMean with data": Method("data", lambda c: regmean.regmean(c.base, c.experts, c.inputs)),
 }
 
@@ -143,9 +150,23 @@ def _elect(case: Case, kind: str) -> State:
     return controls.elect(case.base, case.experts, controls.frame(case.base, kind))
 
 
-def add(base: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor], scale: float) -> State:
-    """``base + scale * delta`` in float64, rounded to float32."""
-    return {k: (b.double() + scale * delta[k].double()).float() for k, b in base.items()}
+def _drift(case: Case, peer: str) -> State:
+    """A peer with the embedding merged as ``seme`` merges it."""
+    rows = controls.drift(controls.embedding(case.base, case.experts))
+    return METHODS[peer].delta(case) | {controls.EMBEDDING: rows}
+
+
+def _averaged(case: Case) -> State:
+    """Rule ``project`` with the embedding merged as most peers merge it."""
+    rows = controls.embedding(case.base, case.experts).mean(0)
+    return case.api("seme") | {controls.EMBEDDING: rows}
+
+
+def add(
+    base: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor], scale: float, fixed: Iterable[str] = ()
+) -> State:
+    """``base + scale * delta`` in float64, rounded to float32; tensors named in ``fixed`` are not scaled."""
+    return {k: (b.double() + (1.0 if k in fixed else scale) * delta[k].double()).float() for k, b in base.items()}
 
 
 def gains(merged: Mapping[str, float], base: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
@@ -211,7 +232,7 @@ class Unit:
 
         def gain(scale: float) -> float:
             key = f"{drift}/{len(domains)}/{name}/lambda={scale:.1f}"
-            found = self.measure(key, (BASE, *domains), lambda: add(case.base, delta(), scale))
+            found = self.measure(key, (BASE, *domains), lambda: add(case.base, delta(), scale, method.fixed))
             return statistics.mean(gains(found, base, own).values())
 
         default = gain(method.default)

@@ -118,6 +118,26 @@ def test_the_control_with_the_true_bases_is_the_method(trained: models.Trained) 
             assert (product[name] - control[name]).norm() <= 2e-3 * control[name].norm() + 1e-7, (sigma, name)
 
 
+def test_the_elect_control_with_the_true_bases_is_the_method(trained: models.Trained) -> None:
+    experts = [trained.expert("strong", d) for d in ("python", "c++")]
+    product = Case(trained.model, trained.base, experts, []).api("seme", rule="elect")
+    control = controls.elect(trained.base, experts, controls.frame(trained.base, "bases"))
+    for name in product:
+        assert (product[name] - control[name]).norm() <= 2e-3 * control[name].norm() + 1e-7, name
+
+
+def test_drift_embeddings_are_those_of_the_method_whatever_the_scale(trained: models.Trained) -> None:
+    experts = [trained.expert("strong", d) for d in ("python", "c++")]
+    case = Case(trained.model, trained.base, experts, [])
+    ours = add(case.base, METHODS["SeMe project"].delta(case), 1.0)
+    peer = add(case.base, METHODS["TSV-M"].delta(case), 0.5)
+    method = METHODS["TSV-M, drift embeddings"]
+    mixed = add(case.base, method.delta(case), 0.5, method.fixed)
+    for name, expected in (peer | {controls.EMBEDDING: ours[controls.EMBEDDING]}).items():
+        assert torch.allclose(mixed[name], expected, rtol=0, atol=1e-6), name
+    assert not torch.allclose(mixed[controls.EMBEDDING], peer[controls.EMBEDDING], rtol=0, atol=1e-6)
+
+
 def test_climb_finds_the_top_of_a_hump_from_either_side() -> None:
     for top in (0.1, 0.3, 1.0, 1.7):
         for start in (0.3, 1.0):
