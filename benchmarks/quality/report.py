@@ -138,9 +138,13 @@ def regime_table(grid: Grid, regime: Regime) -> str:
     return table(header, rows)
 
 
-def best_peer(grid: Grid, regime: Regime) -> tuple[str, Row]:
-    """The peer with the highest mean gain at its best scales."""
-    rows = {n: grid.row(regime, n) for n, m in METHODS.items() if m.kind == "peer"}
+PEERS = tuple(n for n, m in METHODS.items() if m.kind == "peer")
+DRIFTING = tuple(n for n in METHODS if n.endswith(", drift embeddings"))
+
+
+def best_of(grid: Grid, regime: Regime, names: Sequence[str] = PEERS) -> tuple[str, Row]:
+    """The method with the highest mean gain at its best scales."""
+    rows = {n: grid.row(regime, n) for n in names}
     rows = {n: r for n, r in rows.items() if r.best}
     name = max(rows, key=lambda n: statistics.mean(p.mean for p in rows[n].best.values()))
     return name, rows[name]
@@ -150,7 +154,7 @@ def paired_table(grid: Grid, regimes: Sequence[Regime]) -> str:
     """``seme`` at its defaults minus the best peer at its best scale, seed by seed; and the ceiling."""
     rows = []
     for regime in regimes:
-        name, peer = best_peer(grid, regime)
+        name, peer = best_of(grid, regime)
         ceiling = grid.row(regime, "RegMean with data")
         line = [str(regime), name, _number([p.mean for p in peer.best.values()])]
         for method in (n for n, m in METHODS.items() if m.kind == "seme"):
@@ -162,6 +166,34 @@ def paired_table(grid: Grid, regimes: Sequence[Regime]) -> str:
         rows.append(line)
     ours = [f"{n} minus it" for n, m in METHODS.items() if m.kind == "seme"]
     return table(["regime", "best peer", "gain", *ours, "RegMean, lambda 1", "at its best"], rows)
+
+
+def embedding_table(grid: Grid, regimes: Sequence[Regime]) -> str:
+    """What is left of the lead with the same rule for embeddings on both sides; peers at their best scales."""
+
+    def lead(regime: Regime, method: str, peer: Row) -> str:
+        own = grid.row(regime, method).default
+        both = [own[s].mean - peer.best[s].mean for s in own if s in peer.best]
+        return _signed(both) if both else "-"
+
+    rows = []
+    for regime in regimes:
+        if not any(grid.row(regime, n).best for n in DRIFTING):
+            continue
+        drifting, with_drift = best_of(grid, regime, DRIFTING)
+        plain, peer = best_of(grid, regime)
+        rows.append(
+            [
+                str(regime),
+                drifting,
+                _number([p.mean for p in with_drift.best.values()]),
+                lead(regime, "SeMe project", with_drift),
+                plain,
+                lead(regime, "project, mean embeddings", peer),
+            ]
+        )
+    header = ["regime", "best peer with drift embeddings", "gain", "SeMe project minus it"]
+    return table([*header, "best plain peer", "project, mean embeddings minus it"], rows)
 
 
 def _signed(values: Sequence[float]) -> str:
@@ -180,6 +212,7 @@ CONTROLS = (
     ("the same, sigma 1", "sigma 1, embeddings"),
     ("project, latent axis", "SeMe project"),
     ("SeMe project", "project, not flattened"),
+    ("SeMe project", "project, mean embeddings"),
     ("SeMe sequence", "SeMe project"),
 )
 """Pairs of methods whose difference says what one ingredient is worth."""
@@ -246,6 +279,7 @@ def tables(grid: Grid, untouched: Grid) -> dict[str, str]:
         "quality-summary": summary_table(grid, regimes),
         "quality-paired": paired_table(grid, regimes),
         "quality-untouched": paired_table(untouched, measured(untouched)),
+        "quality-embeddings": embedding_table(grid, regimes),
         "quality-controls": control_table(grid, regimes),
         "quality-models": model_table(grid),
         "quality-details": details,
