@@ -299,7 +299,7 @@ def merge(
         axis: input, or latent: matrices that write the residual stream are merged on that side.
         trust: (sequence) share of what the generated text says against rule project, from 0 to below 1.
         keep: (sequence) weight of the base as an expert of its own, so that less of it is forgotten; not negative.
-        probes: (sequence) batches of 16 texts of 128 tokens that each model writes.
+        probes: (sequence) batches of 16 texts that each model writes, of 128 tokens or what all have positions for.
         seed: (sequence) of the random numbers that the text is drawn with.
     """
     what = describe(stack.role, stack.shape, {"rule": rule, "axis": axis})
