@@ -147,6 +147,18 @@ def test_labels_are_those_the_expert_learned(tmp_path):
         assert expert["distinct"][0]["id"] == label
 
 
+def test_shares_of_a_layer_are_weighted_by_energy():
+    """An expert that moved one matrix three times as far as another: nine parts of ten are the first one's share."""
+    from seme.report.merge_report import _average
+
+    large = {"norm": [3.0, 0.0], "kept": [1.0, None], "overlap": [[1.0, 0.5], [0.5, 1.0]]}
+    small = {"norm": [1.0, 2.0], "kept": [0.0, 0.25], "overlap": [[1.0, 0.1], [0.1, 1.0]]}
+    found = _average([large, small])
+    assert found["kept"] == pytest.approx([0.9, 0.25])
+    assert found["norm"] == pytest.approx([10**0.5, 2.0])
+    assert found["overlap"] == [pytest.approx(row) for row in ([1.0, 0.3], [0.3, 1.0])]
+
+
 def test_energies_do_not_depend_on_the_sign_between_tensors(folders, tmp_path):
     """gate and up that move alike, or one against the other, have the same energies but for the estimate's noise."""
     found = []
