@@ -14,7 +14,8 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,24 @@ def summarize(samples: Sequence[float]) -> dict[str, float]:
     """Median, quartiles (inclusive method), smallest value and number of samples."""
     q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
     return {"median": median, "q1": q1, "q3": q3, "min": min(samples), "samples": len(samples)}
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """All calls in turns, after one round that does not count: statistics and samples."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(-1, rounds):
+        for name, call in calls.items():
+            took = seconds(call)
+            if number >= 0:
+                samples[name].append(round(took, 6))
+    return {name: summarize(times) for name, times in samples.items()}, samples
 
 
 def machine() -> dict[str, Any]:

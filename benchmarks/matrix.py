@@ -15,7 +15,6 @@ import argparse
 import ctypes
 import gc
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 import seme
-from benchmarks.common import MIB, RESULTS, Results, provenance, summarize, table
+from benchmarks.common import MIB, RESULTS, Results, in_turns, provenance, seconds, summarize, table
 from seme.ops._registry import MATRIX_OPS
 from seme.ops.resolve import nearest
 
@@ -249,24 +248,6 @@ def make_models(rows: int, width: int, experts: int = 3) -> Tensors:
     base = torch.randn(rows, width, generator=gen).mul_(0.02)
     tuned = [base + torch.randn(rows, width, generator=gen).mul_(2e-3) for _ in range(experts)]
     return [t.bfloat16() for t in (base, *tuned)]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """All calls in turns, after one round that does not count: statistics and samples."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(-1, rounds):
-        for name, call in calls.items():
-            took = seconds(call)
-            if number >= 0:
-                samples[name].append(round(took, 6))
-    return {name: summarize(times) for name, times in samples.items()}, samples
 
 
 def resident(field: str) -> int:

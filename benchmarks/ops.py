@@ -10,7 +10,6 @@ once, at the bandwidth of a copy. GB/s counts exactly those bytes, whatever an i
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoints import BASE_STD, CHANGED, TUNED_STD
-from benchmarks.common import MIB, RESULTS, Results, provenance, summarize, table
+from benchmarks.common import MIB, RESULTS, Results, in_turns, provenance, table
 from seme import ops
 
 ABOUT = {
@@ -225,30 +224,17 @@ def runner(case: Case, tensors: Tensors, threads: int) -> Callable[[], object]:
     return lambda: case.seme(tensors, threads=threads, out=out)
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def measure(case: Case, tensors: Tensors, rounds: int, threads: int) -> dict[str, Any]:
     """Copy, seme and torch in turns, after one round that does not count; an entry of the results file."""
     elements = len(tensors[0])
     tensors = tensors[: case.inputs]
     target = torch.zeros_like(tensors[0])
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "copy": lambda: target.copy_(tensors[0]),
         "seme": runner(case, tensors, threads),
         "torch": lambda: case.torch(tensors),
     }
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(-1, rounds):
-        for name, call in calls.items():
-            took = seconds(call)
-            if number >= 0:
-                samples[name].append(round(took, 6))
-    stats = {name: summarize(times) for name, times in samples.items()}
+    stats, samples = in_turns(calls, rounds)
     moved = {"copy": 4 * elements, "seme": case.bytes(elements), "torch": case.bytes(elements)}
     speed = {name: moved[name] / stats[name]["median"] / 1e9 for name in stats}
     return {

@@ -8,24 +8,6 @@ from typing import Any
 from seme.checkpoint.index import read_json
 from seme.errors import CheckpointError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
-
 VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -37,6 +19,17 @@ VOCABULARY_FILES = (
     "vocab.txt",
 )
 """Those of which a tokenizer has at least one."""
+
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
 
 MODEL_FILES = (
     "generation_config.json",

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from seme.checkpoint.tokenizer import TOKENIZER_FILES, vocabulary
+from seme.checkpoint.tokenizer import VOCABULARY_FILES, vocabulary
 from seme.errors import SemeError
 
 
@@ -42,7 +42,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         if (folder / "tokenizer.json").is_file():
             return import_module("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             return None  # known without importing the library, which takes seconds
         return import_module("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception:  # not installed, or files it does not understand; there may be none at all
