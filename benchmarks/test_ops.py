@@ -14,6 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import ops
+from benchmarks.common import seconds
 
 ELEMENTS = int(os.environ.get("SEME_BENCHMARK_ELEMENTS", ops.ELEMENTS))
 THREADS = 2
@@ -31,7 +32,7 @@ def tensors() -> ops.Tensors:
 def copy_gb_per_s(tensors: ops.Tensors) -> float:
     """Bandwidth of torch's copy_ on this machine, bytes read plus bytes written."""
     target = torch.zeros_like(tensors[0])
-    times = [ops.seconds(lambda: target.copy_(tensors[0])) for _ in range(ROUNDS + 1)]
+    times = [seconds(lambda: target.copy_(tensors[0])) for _ in range(ROUNDS + 1)]
     return 4 * ELEMENTS / statistics.median(times[1:]) / 1e9
 
 
