@@ -71,6 +71,10 @@ def test_an_expert_alone_retains_its_whole_gain(trained: models.Trained) -> None
             assert gain_of(case, name, windows, base, own) == pytest.approx(1, abs=1e-4)
 
 
+def doubled(state: models.State) -> models.State:
+    return {name: tensor.double() for name, tensor in state.items()}
+
+
 def gain_of(case: Case, name: str, windows: torch.Tensor, base: float, own: float) -> float:
     merged = models.loss(case.model, add(case.base, METHODS[name].delta(case), 1.0), windows)
     return gains({"python": merged}, {"python": base}, {"python": own})["python"]
@@ -119,11 +123,14 @@ def test_the_control_with_the_true_bases_is_the_method(trained: models.Trained) 
 
 
 def test_the_elect_control_with_the_true_bases_is_the_method(trained: models.Trained) -> None:
-    experts = [trained.expert("strong", d) for d in ("python", "c++")]
-    product = Case(trained.model, trained.base, experts, []).api("seme", rule="elect")
-    control = controls.elect(trained.base, experts, controls.frame(trained.base, "bases"))
+    # In float64: a vote that is a tie to the rounding of float32 goes either way, and one alone is 0.2 % of a matrix.
+    base = doubled(trained.base)
+    experts = [doubled(trained.expert("strong", d)) for d in ("python", "c++")]
+    product = Case(trained.model, base, experts, []).api("seme", rule="elect")
+    control = controls.elect(base, experts, controls.frame(base, "bases"))
     for name in product:
-        assert (product[name] - control[name]).norm() <= 2e-3 * control[name].norm() + 1e-7, name
+        # Rounding of the norm: about 1e-13 was seen with a head this badly conditioned.
+        assert (product[name] - control[name]).norm() <= 1e-9 * control[name].norm() + 1e-15, name
 
 
 def test_drift_embeddings_are_those_of_the_method_whatever_the_scale(trained: models.Trained) -> None:
