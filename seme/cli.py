@@ -119,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=("error", "keep", "zero"),
         help="inf or NaN in an input: stop, keep or replace by 0 (default: %(default)s)",
     )
+    merge.add_argument("--seed", type=int, metavar="N", help="of methods that draw random numbers (default: 0)")
+    merge.add_argument("--compat", choices=("mergekit",), help="mergekit's values where seme's differ by default")
     merge.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
 
     methods = command("methods", _methods, "list the merge methods, or explain one")
@@ -144,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 def _merge(args: argparse.Namespace) -> int:
     from seme import plan as planning
     from seme.checkpoint import local_path
-    from seme.config import load
+    from seme.config import load, override
     from seme.merging import make_options, ready, run
     from seme.runtime import choose
     from seme.sizes import format_size, parse_size
@@ -155,7 +157,8 @@ def _merge(args: argparse.Namespace) -> int:
     options = make_options(args.memory, args.threads, args.nonfinite)
     choose(args.backend, args.device, options.threads)  # before models are downloaded
     shard = parse_size(args.out_shard_size, "--out-shard-size")
-    plan = planning.make(load(Path(args.config)), args.out, shard, args.overwrite, local_path(args.config))
+    config = override(load(Path(args.config)), seed=args.seed, compat=args.compat)
+    plan = planning.make(config, args.out, shard, args.overwrite, local_path(args.config))
     if args.dry_run:
         from seme.report.plan import plan_as_dict, plan_as_text
 

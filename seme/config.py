@@ -1,7 +1,7 @@
 """The recipe: mergekit's YAML schema, read into frozen dataclasses, every mistake named by its path in the file.
 
 Supported keys: ``merge_method``, ``models``, ``base_model``, ``parameters``, ``dtype``, ``out_dtype``,
-``tokenizer_source``, ``compat``, ``roles``. A key that is not known is an error, with the nearest known one.
+``tokenizer_source``, ``compat``, ``seed``, ``roles``. A key that is not known is an error, with the nearest known one.
 
 A parameter value is a scalar, a gradient (a list of scalars, interpolated over the layers), or a list of
 ``{filter, value}`` conditions of which the first whose filter is part of the tensor's name holds.
@@ -37,6 +37,7 @@ KEYS = (
     "out_dtype",
     "tokenizer_source",
     "compat",
+    "seed",
     "roles",
 )
 
@@ -106,8 +107,8 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """A recipe. ``source`` is its text, kept for the model card; ``compat`` is None or ``mergekit``; ``roles`` overrule
-    what matrix methods take a tensor for."""
+    """A recipe. ``source`` is its text, kept for the model card; ``compat`` is None or ``mergekit``; ``seed`` is that
+    of methods that draw random numbers; ``roles`` overrule what matrix methods take a tensor for."""
 
     merge_method: str
     models: tuple[ModelEntry, ...]
@@ -118,6 +119,7 @@ class MergeConfig:
     tokenizer_source: ModelRef | None
     compat: str | None
     source: str
+    seed: int = 0
     roles: tuple[Override, ...] = ()
 
 
@@ -243,8 +245,32 @@ def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
         tokenizer_source=_tokenizer(data.get("tokenizer_source"), base, models),
         compat=compat,
         source=source,
+        seed=_seed(data.get("seed")),
         roles=parse(data.get("roles")),
     )
+
+
+def _seed(value: Any) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
+        raise ConfigError(f"seed: {brief(value)}; expected a whole number from 0 to 2^64 - 1")
+    return value
+
+
+def override(config: MergeConfig, **keys: Any) -> MergeConfig:
+    """The recipe with other values of top-level keys, such as ``seed``; those that are None stay as they are.
+
+    Raises:
+        ConfigError: a value is not one of the key's.
+    """
+    import yaml
+
+    given = {k: v for k, v in keys.items() if v is not None}
+    if not given:
+        return config
+    data = {**yaml.load(config.source, Loader=_unique_loader()), **given}
+    return _parse(data, yaml.safe_dump(data, sort_keys=False))
 
 
 def _name(key: Any) -> str:

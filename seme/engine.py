@@ -85,12 +85,19 @@ def chunk_bytes(plan: Plan, options: Options) -> int:
     """
     buffers = (len(plan.models) + 1) * (options.threads + WAITING)
     least = BLOCK * 8
-    size = min(CHUNK_BYTES, options.memory // buffers)
-    if size < least:
+    whole = max((t.unit * _widest(t) for t in plan.tensors), default=0)  # what must not be parted
+    least_whole = max(least, -(-whole // least) * least)
+    size = max(least_whole, min(CHUNK_BYTES, options.memory // buffers))
+    if size * buffers > options.memory:
         raise ConfigError(
-            f"memory: {options.memory} bytes are too few for {buffers} buffers; give at least {buffers * least}"
+            f"memory: {options.memory} bytes are too few for {buffers} buffers; give at least {buffers * least_whole}"
         )
     return size // least * least
+
+
+def _widest(tensor: TensorPlan) -> int:
+    """Bytes of an element in its largest dtype, inputs and output."""
+    return max([s.dtype.itemsize for s in tensor.sources] + [tensor.spec.dtype.itemsize])
 
 
 def buffer_memory(plan: Plan, options: Options) -> int:
@@ -124,7 +131,8 @@ class _Task:
         if self.current is not None and not self.current.sample:
             self.complete.update(self.current.inputs)  # read to the end, so known to be finite
         self.current = pass_
-        chunks = self._sample() if pass_.sample else self._whole()
+        quantum = pass_.op.quantum(pass_.params)
+        chunks = self._sample(quantum) if pass_.sample else self._whole(quantum)
         self.open = len(chunks)
         self.seen = sum(c.numel for c in chunks)
         self.partial: dict[int, array[Any]] = {}
@@ -133,21 +141,19 @@ class _Task:
         self.turn = threading.Condition()
         return chunks
 
-    def _whole(self) -> list[Chunk]:
+    def _whole(self, quantum: int) -> list[Chunk]:
         numel = self.plan.group.numel
-        starts = range(0, numel, self.capacity)
-        return [
-            Chunk(i, ((at, min(self.capacity, numel - at)),), min(self.capacity, numel - at))
-            for i, at in enumerate(starts)
-        ]
+        step = self.capacity // quantum * quantum
+        starts = range(0, numel, step)
+        return [Chunk(i, ((at, min(step, numel - at)),), min(step, numel - at)) for i, at in enumerate(starts)]
 
-    def _sample(self) -> list[Chunk]:
-        count = self.plan.group.numel // BLOCK
-        n = min(SAMPLE_BLOCKS, self.capacity // BLOCK, count)
+    def _sample(self, quantum: int) -> list[Chunk]:
+        count = self.plan.group.numel // quantum
+        n = min(max(1, SAMPLE_BLOCKS * BLOCK // quantum), self.capacity // quantum, count)
         if n == 0:
-            return self._whole()
-        pieces = tuple((count * i // n * BLOCK, BLOCK) for i in range(n))
-        return [Chunk(0, pieces, n * BLOCK)]
+            return self._whole(quantum)
+        pieces = tuple((count * i // n * quantum, quantum) for i in range(n))
+        return [Chunk(0, pieces, n * quantum)]
 
     def reduced(self) -> Reduced:
         assert self.current is not None
@@ -261,9 +267,7 @@ class Engine:
             self._start(plan)
 
     def _start(self, plan: TensorPlan) -> None:
-        widest = max([s.dtype.itemsize for s in plan.sources] + [plan.spec.dtype.itemsize])
-        capacity = self.size // widest // BLOCK * BLOCK
-        task = _Task(plan, None, capacity)
+        task = _Task(plan, None, self.size // _widest(plan))
         if plan.spec.numel == 0:
             self._finished(task)
         elif plan.copy:
@@ -320,9 +324,11 @@ class Engine:
                 zero_nonfinite_([View(runtime.inputs[i].address, chunk.numel, dtype) for i, dtype in inputs])
             elif self.options.nonfinite == "error":
                 self._check_finite(runtime, plan, [x for x in inputs if x[0] not in task.complete], chunk)
-            params = pass_.params
+        params = pass_.params
         if pass_.countdown is not None:
             params = self._count_down(runtime, task, chunk, inputs)
+        if pass_.op.positional:
+            params = {**params, "offset": chunk.pieces[0][0]}
         if pass_.writes:
             dtype = pass_.result.dtype
             with self._computing:
@@ -355,7 +361,7 @@ class Engine:
         assert pass_ is not None
         shape = pass_.result.shape
         if pass_.op.ordered:
-            shape = (-(-chunk.numel // BLOCK), *shape[1:])
+            shape = (-(-chunk.numel // pass_.op.quantum(pass_.params)), *shape[1:])
         key = chunk.index if pass_.op.ordered else worker
         if key not in task.partial:
             count = 1

@@ -13,7 +13,7 @@ from typing import Any
 from seme import plan as planning
 from seme.checkpoint import Writer, local_path
 from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
-from seme.config import load
+from seme.config import load, override
 from seme.dtypes import DType
 from seme.engine import Engine, Options, Progress, chunk_bytes
 from seme.errors import CheckpointError, ConfigError, LateInterrupt, brief
@@ -57,6 +57,8 @@ def merge(
     overwrite: bool = False,
     out_shard_size: str | int = "5GB",
     nonfinite: str = "error",
+    seed: int | None = None,
+    compat: str | None = None,
     watch: Callable[[Progress], None] | None = None,
 ) -> MergeResult:
     """Merge models as a recipe says and write the result as a Hugging Face model folder.
@@ -72,6 +74,8 @@ def merge(
         overwrite: replace an existing model folder once the new one is complete.
         out_shard_size: largest output file, bytes or e.g. ``"5GB"``.
         nonfinite: inf or NaN in an input: ``error`` (named with tensor and count), ``keep`` or ``zero``.
+        seed: of methods that draw random numbers; overrules the recipe's, which is 0 by default.
+        compat: ``"mergekit"``: mergekit's values where seme's differ by default; overrules the recipe's.
         watch: called about ten times a second with the progress.
 
     Returns:
@@ -87,7 +91,8 @@ def merge(
     choose(backend, device, options.threads)  # before models are downloaded
     shard = parse_size(out_shard_size, "out_shard_size")
     recipe = None if isinstance(config, Mapping) else local_path(str(config))
-    plan = planning.make(load(config), Path(out), shard, overwrite, recipe)
+    chosen = override(load(config), seed=seed, compat=compat)
+    plan = planning.make(chosen, Path(out), shard, overwrite, recipe)
     return run(plan, Path(out), options, backend, device, overwrite, watch)
 
 

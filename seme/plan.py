@@ -85,6 +85,7 @@ class TensorPlan:
         sources: where the tensor lies in each model.
         arguments: the method's parameters for this tensor; empty for a copy.
         copy: not floating point: copied, because all models hold the same bytes.
+        unit: elements that a pass of the method must have in memory together.
         role: what the tensor is to the residual stream; None where the method does not ask.
         rule: what a matrix method does with it; empty for other methods.
     """
@@ -93,6 +94,7 @@ class TensorPlan:
     sources: tuple[Stored, ...]
     arguments: Mapping[str, Any]
     copy: bool
+    unit: int = 1
     role: TensorRole | None = None
     rule: str = ""
 
@@ -483,7 +485,7 @@ def _tensor(
     else:
         compute = stored if config.compat == "mergekit" else dtypes.arithmetic(stored)
     out_dtype = config.out_dtype or config.dtype or stored
-    group = Group(name, inputs, base, compute, out_dtype)
+    group = Group(name, inputs, base, compute, out_dtype, config.seed, config.compat == "mergekit")
     arguments: dict[str, Any] = {}
     for param in method.params:
         if param.scope == "shared":
@@ -498,7 +500,8 @@ def _tensor(
             ]
     method.check_arguments(group, arguments)
     rule = method.describe(role, inputs[0].shape, arguments) if role is not None and method.describe is not None else ""
-    return TensorPlan(group, sources, arguments, copy=False, role=role, rule=rule)
+    unit = method.unit(inputs[0].shape, arguments) if method.unit is not None else 1
+    return TensorPlan(group, sources, arguments, copy=False, unit=unit, role=role, rule=rule)
 
 
 def _lookup(param: Param, scopes: list[Mapping[str, Parameter]], name: str, layers: _Layers, where: str) -> Any:

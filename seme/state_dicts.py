@@ -36,6 +36,8 @@ def merge_state_dicts(
     backend: str = "auto",
     threads: int = 0,
     config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    compat: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Merge state dicts (or modules) tensor by tensor; the inputs are not changed.
 
@@ -53,6 +55,8 @@ def merge_state_dicts(
         threads: CPU threads; 0 takes ``torch.get_num_threads()``.
         config: contents of ``config.json``, which tells matrix methods what each tensor is to the residual stream;
             default: that of the first module that has one, else names and shapes decide.
+        seed: of methods that draw random numbers.
+        compat: ``"mergekit"``: mergekit's values where seme's differ by default.
 
     Returns:
         The merged tensors in the order of the first model (of the base, if there is one). Tensors that are not
@@ -76,6 +80,8 @@ def merge_state_dicts(
     else:
         values = list(models)
         ids = list(range(len(values)))
+    if compat not in (None, "mergekit"):
+        raise ConfigError(f"compat: {brief(compat)}; the only value is 'mergekit'")
     states = [v.state_dict() if isinstance(v, torch.nn.Module) else v for v in values]
     for model_id, state in zip(ids, states):
         if not isinstance(state, Mapping):
@@ -116,6 +122,8 @@ def merge_state_dicts(
             backend,
             threads,
             matrix.get(name),
+            seed,
+            compat == "mergekit",
         )
         for name in first
     }
@@ -195,6 +203,8 @@ def _merge_one(
     backend: str,
     threads: int,
     matrix: tuple[TensorRole, Context] | None,
+    seed: int,
+    compat: bool,
 ) -> torch.Tensor:
     import torch
 
@@ -212,9 +222,10 @@ def _merge_one(
             )
         return tensors[0].clone()
     stored = dtypes.promote([s.dtype for s in specs])
-    compute = dtypes.from_torch(dtype) if dtype is not None else dtypes.arithmetic(stored)
+    default = stored if compat else dtypes.arithmetic(stored)
+    compute = dtypes.from_torch(dtype) if dtype is not None else default
     result = dtypes.from_torch(out_dtype) if out_dtype is not None else compute if dtype is not None else stored
-    group = Group(name, specs, base, compute, result)
+    group = Group(name, specs, base, compute, result, seed, compat)
     method.check_arguments(group, arguments)
     merged = torch.empty(specs[0].shape, dtype=result.to_torch(), device=tensors[0].device)
     if merged.numel() == 0:

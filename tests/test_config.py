@@ -12,7 +12,7 @@ import pytest
 
 from seme import dtypes
 from seme.checkpoint.hub import ModelRef
-from seme.config import KEYS, Condition, Parameter, convert, interpolate, load, suggest
+from seme.config import KEYS, Condition, Parameter, convert, interpolate, load, override, suggest
 from seme.errors import ConfigError, brief
 from seme.methods import methods
 
@@ -351,6 +351,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer_source": "union"}, "tokenizer_source: union: choose 'base' or one of the models"),
     ({"tokenizer_source": 5}, "tokenizer_source: expected a path or a hub id, found 5"),
     ({"compat": "mergkit"}, "compat: 'mergkit'; the only value is 'mergekit'"),
+    ({"seed": -1}, "seed: -1; expected a whole number from 0"),
+    ({"seed": True}, "seed: True; expected a whole number from 0"),
     ({"merge_methods": "x"}, "merge_methods: unknown key; did you mean 'merge_method'?"),
     ({"slices": []}, "slices: unknown key; known: base_model, compat, dtype, merge_method, models,"),
     ({"tokenizer": {}}, "tokenizer: unknown key; did you mean 'tokenizer_source'?"),
@@ -487,3 +489,13 @@ def test_values_in_messages_are_short_whatever_they_are() -> None:
     for value in (deep, "x" * 10**6, 1 << 10**5, list(range(10**6)), {"a" * 1000: "b" * 1000}):
         assert len(brief(value)) <= 100
         assert "\n" not in brief(value)
+
+
+def test_options_overrule_the_recipe_and_are_written_into_it() -> None:
+    config = load("merge_method: linear  # soup\nmodels: [{model: a}]\nseed: 3\n")
+    assert override(config, seed=None, compat=None) is config
+    changed = override(config, seed=5, compat="mergekit")
+    assert (changed.seed, changed.compat) == (5, "mergekit")
+    assert load(changed.source) == changed
+    with pytest.raises(ConfigError, match="seed: -1; expected a whole number"):
+        override(config, seed=-1)

@@ -70,6 +70,8 @@ class Group:
         base: which input is the base model; None if the recipe has none.
         compute_dtype: inputs are rounded to it on load; see ``docs/numerics.md``.
         out_dtype: dtype of the output.
+        seed: of methods that draw random numbers.
+        compat: the recipe asks for mergekit's values where seme's differ by default.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Group:
     base: int | None
     compute_dtype: DType
     out_dtype: DType
+    seed: int = 0
+    compat: bool = False
     experts: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ PerExpert = Annotated[list[float], "expert"]
 
 Scope = Literal["shared", "model", "expert"]
 Check = Callable[[Group, Mapping[str, Any]], None]
+Unit = Callable[[tuple[int, ...], Mapping[str, Any]], int]
 Function = TypeVar("Function", bound=Callable[..., "Merge | None"])
 
 
@@ -89,6 +90,8 @@ class Method:
         summary: first line of the docstring of its module.
         source: paper or page.
         matrix: it works on whole matrices.
+        unit: ``unit(shape, arguments)``: elements of a tensor that a pass must have in memory together, such as a
+            row's; None if any piece will do.
         check: ``check(group, arguments)`` raises :class:`ConfigError` for arguments that do not go together.
         describe: (matrix methods) what is done with a tensor: ``describe(role, shape, arguments)``.
         workspace: (matrix methods) bytes it holds for a tensor: ``workspace(role, shape, experts, arguments)``.
@@ -108,6 +111,7 @@ class Method:
     max_inputs: int | None
     summary: str
     source: str
+    unit: Unit | None = None
     matrix: bool = False
     check: Check | None = None
     describe: Callable[[TensorRole, tuple[int, ...], Mapping[str, Any]], str] | None = None
@@ -191,6 +195,7 @@ def method(
     base: Literal["required", "input"] = "required",
     min_inputs: int = 1,
     max_inputs: int | None = None,
+    unit: Unit | None = None,
     matrix: bool = False,
     check: Check | None = None,
     describe: Callable[[TensorRole, tuple[int, ...], Mapping[str, Any]], str] | None = None,
@@ -220,6 +225,7 @@ def method(
             max_inputs,
             summary,
             source,
+            unit,
             matrix,
             check,
             describe,

@@ -57,7 +57,8 @@ class Op:
         native: ``native(views, out, threads, **params)``: the C++ kernel; imports no torch.
         has_base: the first tensor is the base that task vectors are taken from.
         accumulates: adds to ``out`` instead of overwriting it (integer results only, so order cannot matter).
-        ordered: the output's leading axis counts blocks of :data:`seme.native.BLOCK` elements.
+        ordered: the output's leading axis counts blocks of :meth:`quantum` elements.
+        positional: it takes ``offset``: the index in the tensor of the first element that it is given.
     """
 
     name: str
@@ -69,6 +70,12 @@ class Op:
     has_base: bool = False
     accumulates: bool = False
     ordered: bool = False
+    positional: bool = False
+
+    @staticmethod
+    def quantum(params: Params) -> int:
+        """Elements that one call must not part: its ``row``, if it has one, else :data:`seme.native.BLOCK`."""
+        return params.get("row") or native.BLOCK
 
     @property
     def operand_names(self) -> tuple[str, ...]:
