@@ -101,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it is a model, once the merge is complete"
     )
-    merge.add_argument("--memory", default="256MiB", metavar="SIZE", help="limit of the buffers (default: %(default)s)")
+    merge.add_argument("--memory", metavar="SIZE", help="limit of the buffers (default: 256MiB, on a GPU 1GiB)")
+    merge.add_argument("--gpu-memory", metavar="SIZE", help="limit of the GPU's memory (default: 80%% of what is free)")
     merge.add_argument("--threads", type=int, metavar="N", help="chunks computed at once (default: all cores)")
     merge.add_argument(
         "--backend",
@@ -109,7 +110,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "cpu", "torch", "triton", "cuda"),
         help="kernels to use (default: %(default)s)",
     )
-    merge.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda[:N] (default: %(default)s)")
+    merge.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu or cuda[:N]; auto takes a GPU where it is worth its start (default: %(default)s)",
+    )
     merge.add_argument(
         "--out-shard-size", default="5GB", metavar="SIZE", help="largest output file (default: %(default)s)"
     )
@@ -144,18 +150,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _merge(args: argparse.Namespace) -> int:
+    from seme import gpu
     from seme import plan as planning
     from seme.checkpoint import local_path
     from seme.config import load, override
     from seme.merging import make_options, ready, run
-    from seme.runtime import choose
     from seme.sizes import format_size, parse_size
 
     args.state = "; nothing was written"
     if args.verbose and not args.dry_run:
         raise ConfigError("--verbose: shows every tensor of the plan; add --dry-run")
-    options = make_options(args.memory, args.threads, args.nonfinite)
-    choose(args.backend, args.device, options.threads)  # before models are downloaded
+    options = make_options(args.memory, args.threads, args.nonfinite, args.gpu_memory)
+    gpu.check(args.backend, args.device)  # before models are downloaded
     shard = parse_size(args.out_shard_size, "--out-shard-size")
     config = override(load(Path(args.config)), seed=args.seed, compat=args.compat)
     plan = planning.make(config, args.out, shard, args.overwrite, local_path(args.config))
@@ -163,13 +169,13 @@ def _merge(args: argparse.Namespace) -> int:
         from seme.report.plan import plan_as_dict, plan_as_text
 
         try:
-            backend, _ = ready(plan, options, args.backend, args.device)
+            place = ready(plan, options, args.backend, args.device)
         finally:
             plan.close()
         if args.json:
-            print(json.dumps(plan_as_dict(plan, options, backend, args.verbose), indent=2))
+            print(json.dumps(plan_as_dict(plan, options, place, args.verbose), indent=2))
         else:
-            print(plan_as_text(plan, options, backend, args.verbose))
+            print(plan_as_text(plan, options, place, args.verbose))
         return 0
     if not args.quiet and not args.json:
         for note in plan.notes:
@@ -187,6 +193,8 @@ def _merge(args: argparse.Namespace) -> int:
             "bytes_written": result.bytes_written,
             "seconds": result.seconds,
             "backend": result.backend,
+            "device": result.device,
+            "peak_gpu_bytes": result.gpu_bytes,
             "peak_rss_bytes": peak,
             "notes": list(plan.notes),
         }

@@ -9,24 +9,26 @@ buffers; it depends on neither the model nor the tensor. The output's bytes depe
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from seme import dtypes
 from seme.checkpoint import Writer
 from seme.dtypes import DType
-from seme.errors import CheckpointError, ConfigError
+from seme.errors import BackendError, CheckpointError, ConfigError
 from seme.methods import Merge, Pass, Reduced
 from seme.native import BLOCK, View
 from seme.ops.nonfinite import OP as NONFINITE
 from seme.ops.nonfinite import zero_nonfinite_
 from seme.plan import Plan, TensorPlan
-from seme.runtime import Runtime
+from seme.runtime import OutOfDeviceMemory, Place, Runtime
+from seme.sizes import format_size
 
 INT64 = dtypes.BY_NAME["int64"]
 CHUNK_BYTES = 1 << 20
@@ -38,6 +40,8 @@ PROCESS_MEMORY = 30_000_000
 TORCH_MEMORY = 350_000_000
 TENSOR_MEMORY = 2500
 """Resident bytes of the interpreter with seme, of it with torch, and of the plan of one tensor, as measured."""
+TRIES = 4
+"""Times that the smallest chunk is tried on a device without memory: others there may be done with theirs."""
 WAITING = 2
 """Workers beyond the number of threads, so that computing goes on while some wait for the disk."""
 
@@ -47,14 +51,22 @@ class Options:
     """How to run a merge; none of it changes the output's bytes, except ``nonfinite``.
 
     Attributes:
-        memory: bytes for all buffers.
+        memory: bytes for all buffers, pinned ones on a GPU; None: 256 MiB, on a GPU 1 GiB.
         threads: chunks computed at once.
         nonfinite: what to do about inf and NaN in an input: ``error``, ``keep`` or ``zero``.
+        gpu_memory: bytes of a GPU's memory; None: 80 % of what is free.
     """
 
-    memory: int = 1 << 28
+    memory: int | None = None
     threads: int = 1
     nonfinite: str = "error"
+    gpu_memory: int | None = None
+
+    def buffers(self, place: Place) -> int:
+        """Bytes for the buffers at a place."""
+        if self.memory is not None:
+            return self.memory
+        return 1 << (28 if place.gpu is None else 30)
 
 
 @dataclass
@@ -72,26 +84,57 @@ class Progress:
 class Chunk:
     """Pieces of a tensor, ``(first element, elements)``, processed as one run of ``numel`` elements."""
 
-    index: int
     pieces: tuple[tuple[int, int], ...]
     numel: int
 
+    @property
+    def start(self) -> int:
+        """Its first element in the tensor."""
+        return self.pieces[0][0]
 
-def chunk_bytes(plan: Plan, options: Options) -> int:
-    """Bytes of each buffer under the memory limit.
+    def halves(self, quantum: int) -> list[Chunk]:
+        """Two chunks in its place, cut at a multiple of ``quantum`` elements; itself if it is too small."""
+        cut = self.numel // 2 // quantum * quantum
+        if cut == 0 or len(self.pieces) > 1:
+            return [self]
+        start = self.start
+        return [Chunk(((start, cut),), cut), Chunk(((start + cut, self.numel - cut),), self.numel - cut)]
+
+
+def workers(options: Options, place: Place) -> int:
+    """Chunks in flight at once."""
+    if place.gpu is None:
+        return options.threads + WAITING
+    from seme.gpu import WORKERS
+
+    return min(WORKERS, options.threads + WAITING)
+
+
+def chunk_bytes(plan: Plan, options: Options, place: Place) -> int:
+    """Bytes of each buffer under the memory limits.
 
     Raises:
-        ConfigError: the limit is too small for one block per buffer.
+        ConfigError: a limit is too small for one block per buffer.
     """
-    buffers = (len(plan.models) + 1) * (options.threads + WAITING)
+    buffers = (len(plan.models) + 1) * workers(options, place)
+    size, limits = CHUNK_BYTES, {"memory": options.buffers(place)}
+    if place.gpu is not None:
+        from seme import gpu
+
+        # Plain torch needs many temporary tensors of a chunk's size, the kernels none.
+        size = CHUNK_BYTES if place.backend == "torch" else gpu.CHUNK_BYTES
+        # What reductions add up in is beside the buffers.
+        limits["gpu_memory"] = int(gpu.BUFFER_SHARE * place.gpu.limit) - buffers * gpu.RESULT_BYTES
     least = BLOCK * 8
     whole = max((t.unit * _widest(t) for t in plan.tensors), default=0)  # what must not be parted
     least_whole = max(least, -(-whole // least) * least)
-    size = max(least_whole, min(CHUNK_BYTES, options.memory // buffers))
-    if size * buffers > options.memory:
-        raise ConfigError(
-            f"memory: {options.memory} bytes are too few for {buffers} buffers; give at least {buffers * least_whole}"
-        )
+    size = max(least_whole, min(size, *(limit // buffers for limit in limits.values())))
+    for name, limit in limits.items():
+        if size * buffers > limit:
+            given, needed = options.buffers(place), buffers * least_whole
+            if place.gpu is not None and name == "gpu_memory":
+                given, needed = place.gpu.limit, int((needed + buffers * gpu.RESULT_BYTES) / gpu.BUFFER_SHARE)
+            raise ConfigError(f"{name}: {given} bytes are too few for {buffers} buffers; give at least {needed}")
     return size // least * least
 
 
@@ -100,14 +143,14 @@ def _widest(tensor: TensorPlan) -> int:
     return max([s.dtype.itemsize for s in tensor.sources] + [tensor.spec.dtype.itemsize])
 
 
-def buffer_memory(plan: Plan, options: Options) -> int:
-    """Bytes of buffers that the merge will hold."""
-    return chunk_bytes(plan, options) * (len(plan.models) + 1) * (options.threads + WAITING)
+def buffer_memory(plan: Plan, options: Options, place: Place) -> int:
+    """Bytes of buffers that the merge will hold; on a GPU as many there again."""
+    return chunk_bytes(plan, options, place) * (len(plan.models) + 1) * workers(options, place)
 
 
-def peak_memory(plan: Plan, options: Options, backend: str) -> int:
+def peak_memory(plan: Plan, options: Options, place: Place) -> int:
     """About how many bytes the process will hold at its peak."""
-    return process_memory(plan, backend != "cpu") + buffer_memory(plan, options)
+    return process_memory(plan, place.backend != "cpu") + buffer_memory(plan, options, place)
 
 
 def process_memory(plan: Plan, torch: bool) -> int:
@@ -125,6 +168,7 @@ class _Task:
         self.capacity = capacity
         self.current: Pass | None = None
         self.complete: set[int] = set()
+        self.kept: dict[tuple[int, int], dict[int, Any]] = {}
         self.open = 0
 
     def begin(self, pass_: Pass) -> list[Chunk]:
@@ -137,7 +181,7 @@ class _Task:
         self.seen = sum(c.numel for c in chunks)
         self.partial: dict[int, array[Any]] = {}
         self.shape: tuple[int, ...] = pass_.result.shape
-        self.counted: dict[int, list[int]] = {-1: [0] * (len(pass_.inputs) - 1)}
+        self.counted: dict[int, list[int]] = {0: [0] * (len(pass_.inputs) - 1)}
         self.turn = threading.Condition()
         return chunks
 
@@ -145,7 +189,7 @@ class _Task:
         numel = self.plan.group.numel
         step = self.capacity // quantum * quantum
         starts = range(0, numel, step)
-        return [Chunk(i, ((at, min(step, numel - at)),), min(step, numel - at)) for i, at in enumerate(starts)]
+        return [Chunk(((at, min(step, numel - at)),), min(step, numel - at)) for at in starts]
 
     def _sample(self, quantum: int) -> list[Chunk]:
         count = self.plan.group.numel // quantum
@@ -153,14 +197,14 @@ class _Task:
         if n == 0:
             return self._whole(quantum)
         pieces = tuple((count * i // n * quantum, quantum) for i in range(n))
-        return [Chunk(0, pieces, n * quantum)]
+        return [Chunk(pieces, n * quantum)]
 
     def reduced(self) -> Reduced:
         assert self.current is not None
         if self.current.op.ordered:
             data: array[Any] = array("d")
-            for i in range(len(self.partial)):
-                data.extend(self.partial[i])
+            for start in sorted(self.partial):
+                data.extend(self.partial[start])
         else:
             parts = list(self.partial.values())
             data = parts[0]
@@ -182,20 +226,20 @@ def _add(total: array[int], other: array[int]) -> None:
 class Engine:
     """Runs one plan into one writer."""
 
-    def __init__(
-        self, plan: Plan, writer: Writer, make_runtime: Callable[[int, int], Runtime], options: Options
-    ) -> None:
-        self.plan, self.writer, self.options = plan, writer, options
-        self.size = chunk_bytes(plan, options)
-        self.make_runtime = make_runtime
+    def __init__(self, plan: Plan, writer: Writer, place: Place, options: Options) -> None:
+        self.plan, self.writer, self.place, self.options = plan, writer, place, options
+        self.size = chunk_bytes(plan, options, place)
+        self._workers = workers(options, place)
+        self._tasks: set[_Task] = set()
         self.progress = Progress(total=sum(t.spec.numel * t.spec.dtype.itemsize for t in plan.tensors))
         self._pending: Iterator[TensorPlan] = iter(plan.tensors)
         self._ready: deque[tuple[_Task, Chunk]] = deque()
         self._active = 0
         self._lock = threading.Condition()
-        self._computing = threading.Semaphore(options.threads)
+        self._computing = threading.Semaphore(options.threads if place.gpu is None else self._workers)
         self._error: BaseException | None = None
         self._worker_ids = itertools.count()
+        self._keep = True
 
     def run(self, watch: Callable[[Progress], None] | None = None) -> None:
         """Run to the end; ``watch`` is called about ten times a second.
@@ -205,7 +249,7 @@ class Engine:
         """
         workers: list[threading.Thread] = []
         try:
-            for _ in range(self.options.threads + WAITING):
+            for _ in range(self._workers):
                 worker = threading.Thread(target=self._work)
                 worker.start()
                 workers.append(worker)
@@ -231,8 +275,9 @@ class Engine:
 
     def _work(self) -> None:
         worker = next(self._worker_ids)
+        runtime = None
         try:
-            runtime = self.make_runtime(len(self.plan.models), self.size)
+            runtime = self.place.runtime(len(self.plan.models), self.size)
             while True:
                 job = self._take()
                 if job is None:
@@ -246,6 +291,9 @@ class Engine:
                     self._advance(task, task.reduced() if task.current and not task.current.writes else None)
         except BaseException as e:
             self._fail(e)
+        finally:
+            if runtime is not None:
+                runtime.close()
 
     def _take(self) -> tuple[_Task, Chunk] | None:
         """The next chunk, else the first chunk of the next tensor; None when nothing is left."""
@@ -267,7 +315,9 @@ class Engine:
             self._start(plan)
 
     def _start(self, plan: TensorPlan) -> None:
-        task = _Task(plan, None, self.size // _widest(plan))
+        task = _Task(plan, None, max(self.size // _widest(plan), plan.unit))
+        with self._lock:
+            self._tasks.add(task)
         if plan.spec.numel == 0:
             self._finished(task)
         elif plan.copy:
@@ -295,6 +345,7 @@ class Engine:
     def _finished(self, task: _Task) -> None:
         with self._lock:
             self._active -= 1
+            self._tasks.discard(task)
             self._lock.notify_all()
 
     def _copy(self, plan: TensorPlan) -> None:
@@ -314,34 +365,66 @@ class Engine:
             self.progress.written += written
             self.progress.done += written
 
-    def _chunk(self, runtime: Runtime, worker: int, task: _Task, chunk: Chunk) -> None:
+    def _chunk(self, runtime: Runtime, worker: int, task: _Task, chunk: Chunk, tries: int = TRIES) -> None:
+        """Process a chunk; where the device has no room for it, one half after the other, and the smallest again."""
+        try:
+            self._attempt(runtime, worker, task, chunk)
+            return
+        except OutOfDeviceMemory as e:
+            runtime.recover()
+            with self._lock:
+                for each in self._tasks:
+                    each.kept.clear()
+                self._keep = False
+                self.size = max(BLOCK * 8, min(self.size, chunk.numel * _widest(task.plan) // 2))
+            assert task.current is not None
+            halves = chunk.halves(task.current.op.quantum(task.current.params))
+            if len(halves) == 1 and tries == 1:
+                raise BackendError(
+                    f"{e}, not even for {format_size(chunk.numel * _widest(task.plan))} of each model; "
+                    "free the device, or use --device cpu"
+                ) from e
+        if len(halves) == 1:
+            time.sleep(0.1 * (TRIES - tries))
+            tries -= 1
+        for half in halves:
+            self._chunk(runtime, worker, task, half, tries)
+
+    def _attempt(self, runtime: Runtime, worker: int, task: _Task, chunk: Chunk) -> None:
         pass_, plan = task.current, task.plan
         assert pass_ is not None
         inputs = [(i, plan.sources[i].dtype) for i in pass_.inputs]
-        read = self._read(runtime, plan, inputs, chunk)
+        kept: Mapping[int, Any] = task.kept.get((chunk.start, chunk.numel), {})
+        new = [(i, dtype) for i, dtype in inputs if i not in kept]
+        read = self._read(runtime, plan, new, chunk)
         with self._computing:
             if self.options.nonfinite == "zero":
-                zero_nonfinite_([View(runtime.inputs[i].address, chunk.numel, dtype) for i, dtype in inputs])
-            elif self.options.nonfinite == "error":
-                self._check_finite(runtime, plan, [x for x in inputs if x[0] not in task.complete], chunk)
+                zero_nonfinite_([View(runtime.inputs[i].address, chunk.numel, dtype) for i, dtype in new])
+            runtime.load(new, chunk.numel)
+            runtime.use({i: kept[i] for i, _ in inputs if i in kept})
+            if self.options.nonfinite == "error":
+                self._check_finite(runtime, plan, [x for x in new if x[0] not in task.complete], chunk)
         params = pass_.params
         if pass_.countdown is not None:
             params = self._count_down(runtime, task, chunk, inputs)
         if pass_.op.positional:
-            params = {**params, "offset": chunk.pieces[0][0]}
+            params = {**params, "offset": chunk.start}
         if pass_.writes:
             dtype = pass_.result.dtype
             with self._computing:
                 out = View(runtime.output.address, chunk.numel, dtype)
                 runtime.run(pass_.op, params, inputs, chunk.numel, out, (chunk.numel,))
             written = runtime.output.memory[: chunk.numel * dtype.itemsize]
-            self.writer.write(plan.name, chunk.pieces[0][0] * dtype.itemsize, written)
+            self.writer.write(plan.name, chunk.start * dtype.itemsize, written)
             self._count(read, len(written))
             return
         with self._computing:
-            into, shape = self._result(task, worker, chunk)
+            key, into, shape = self._result(task, worker, chunk)
             out = View(into.buffer_info()[0], len(into), pass_.result.dtype)
             runtime.run(pass_.op, params, inputs, chunk.numel, out, shape)
+            task.partial[key] = into
+        if self._keep and not pass_.sample:  # the method passes over it again
+            task.kept.setdefault((chunk.start, chunk.numel), {}).update(runtime.keep(new))
         self._count(read, 0)
 
     def _read(self, runtime: Runtime, plan: TensorPlan, inputs: list[tuple[int, DType]], chunk: Chunk) -> int:
@@ -355,20 +438,17 @@ class Engine:
             total += at
         return total
 
-    def _result(self, task: _Task, worker: int, chunk: Chunk) -> tuple[array[Any], tuple[int, ...]]:
+    def _result(self, task: _Task, worker: int, chunk: Chunk) -> tuple[int, array[Any], tuple[int, ...]]:
         """Memory for a reduction's result: per worker if it adds up, per chunk if blocks are kept in order."""
         pass_ = task.current
         assert pass_ is not None
-        shape = pass_.result.shape
+        shape, key = pass_.result.shape, worker
         if pass_.op.ordered:
-            shape = (-(-chunk.numel // pass_.op.quantum(pass_.params)), *shape[1:])
-        key = chunk.index if pass_.op.ordered else worker
-        if key not in task.partial:
-            count = 1
-            for size in shape:
-                count *= size
-            task.partial[key] = array("q" if pass_.result.dtype == INT64 else "d", bytes(8 * count))
-        return task.partial[key], shape
+            shape, key = (-(-chunk.numel // pass_.op.quantum(pass_.params)), *shape[1:]), chunk.start
+        found = task.partial.get(key)
+        if found is None:
+            found = array("q" if pass_.result.dtype == INT64 else "d", bytes(8 * math.prod(shape)))
+        return key, found, shape
 
     def _count_down(
         self, runtime: Runtime, task: _Task, chunk: Chunk, inputs: list[tuple[int, DType]]
@@ -376,7 +456,7 @@ class Engine:
         """The pass's parameters with its quotas lowered by what the chunks before this one hold.
 
         Chunks are taken in order, so the one before is done or in the hands of another worker; it never waits for
-        a later one.
+        a later one. Counts are by the element they reach up to, and stay: a chunk may be tried again in halves.
         """
         pass_ = task.current
         assert pass_ is not None
@@ -387,12 +467,12 @@ class Engine:
             out = View(counts.buffer_info()[0], len(counts), INT64)
             runtime.run(countdown.op, countdown.params, inputs, chunk.numel, out, (len(counts),))
         with task.turn:
-            while chunk.index - 1 not in task.counted:
+            while chunk.start not in task.counted:
                 if self._error is not None:
                     raise self._error
                 task.turn.wait(0.1)
-            before = task.counted.pop(chunk.index - 1)
-            task.counted[chunk.index] = [a + b for a, b in zip(before, counts)]
+            before = task.counted[chunk.start]
+            task.counted[chunk.start + chunk.numel] = [a + b for a, b in zip(before, counts)]
             task.turn.notify_all()
         quotas = [
             quota if quota >= UNLIMITED else max(0, quota - used)
@@ -417,10 +497,12 @@ class Engine:
     def _total_nonfinite(self, runtime: Runtime, plan: TensorPlan, i: int) -> int:
         """Count them in the whole tensor, for the message."""
         source = plan.sources[i]
-        counts = array("q", [0])
-        for start in range(0, source.nbytes, self.size):
-            memory = runtime.inputs[i].memory[: min(self.size, source.nbytes - start)]
+        counts, size = array("q", [0]), self.size
+        for start in range(0, source.nbytes, size):
+            memory = runtime.inputs[i].memory[: min(size, source.nbytes - start)]
             self.plan.models[i].checkpoint.read_into(source, start, memory)
             out = View(counts.buffer_info()[0], 1, INT64)
-            runtime.run(NONFINITE, {}, [(i, source.dtype)], len(memory) // source.dtype.itemsize, out, (1,))
+            numel = len(memory) // source.dtype.itemsize
+            runtime.load([(i, source.dtype)], numel)
+            runtime.run(NONFINITE, {}, [(i, source.dtype)], numel, out, (1,))
         return counts[0]

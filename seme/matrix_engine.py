@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +21,13 @@ from seme.dtypes import DType, float32
 from seme.engine import Options, Progress, process_memory
 from seme.errors import CheckpointError
 from seme.methods._matrix import Context, Stack
+from seme.ops._op import why_not
 from seme.ops.nonfinite import nonfinite
 from seme.plan import Plan, TensorPlan
 from seme.report.merge_report import MergeReport
 from seme.roles import Role
+from seme.runtime import OutOfDeviceMemory, Place
+from seme.sizes import format_size
 
 if TYPE_CHECKING:
     import torch
@@ -30,26 +36,61 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 22
 """Bytes of a copy at a time."""
+GPU_ROWS = 1 << 29
+"""Bytes of rows of all models on a GPU at once, at most."""
+LEAST_ROWS = 1 << 20
+"""Bytes of rows of all models below which a smaller share would not help where a GPU is full."""
+WAITING = 4
+"""Pieces of the output that may be on their way to the file while the next ones are computed."""
 
 
-def buffer_memory(plan: Plan, options: Options) -> int:
-    """Bytes of the largest tensor's matrices and of the rows in memory."""
-    experts = len(plan.models) - 1
+def held(plan: Plan, tensor: TensorPlan) -> int:
+    """Bytes of the matrices that the method holds for a tensor."""
     workspace = plan.method.workspace
-    held = [
-        workspace(t.role, t.spec.shape, experts, t.arguments)
-        for t in plan.tensors
-        if workspace is not None and t.role is not None and not t.copy
-    ]
-    return max(held, default=0) + options.memory
+    if workspace is None or tensor.role is None or tensor.copy:
+        return 0
+    return workspace(tensor.role, tensor.spec.shape, len(plan.models) - 1, tensor.arguments)
 
 
-def peak_memory(plan: Plan, options: Options) -> int:
+def fits(plan: Plan, tensor: TensorPlan, place: Place) -> bool:
+    """True if a tensor's matrices, with the semantic bases and rows of all models, fit into the GPU's limit."""
+    assert place.gpu is not None
+    return held(plan, tensor) + bases_memory(plan) + rows_memory(place) <= place.gpu.limit
+
+
+def rows_memory(place: Place) -> int:
+    """Bytes of the rows of all models that are on the GPU at once."""
+    assert place.gpu is not None
+    return min(GPU_ROWS, place.gpu.limit // 8)
+
+
+def buffer_memory(plan: Plan, options: Options, place: Place) -> int:
+    """Bytes of the largest tensor's matrices, where they are on the CPU, and of the rows in memory."""
+    here = [held(plan, t) for t in plan.tensors if place.gpu is None or not fits(plan, t, place)]
+    return max(here, default=0) + options.buffers(place)
+
+
+def peak_memory(plan: Plan, options: Options, place: Place) -> int:
     """About how many bytes the process will hold at its peak: torch, plan, matrices, and the semantic bases if used.
 
     Where a method runs models, one of them as well, with the keys and values of what it writes.
     """
-    return process_memory(plan, torch=True) + buffer_memory(plan, options) + bases_memory(plan) + model_memory(plan)
+    buffers = buffer_memory(plan, options, place)
+    return process_memory(plan, torch=True) + buffers + bases_memory(plan) + model_memory(plan)
+
+
+def notes(plan: Plan, place: Place) -> list[str]:
+    """What a plan says of matrices that the GPU does not take."""
+    if place.gpu is None:
+        return []
+    large = [t for t in plan.tensors if not fits(plan, t, place)]
+    if not large:
+        return []
+    most = max(large, key=lambda t: held(plan, t))
+    return [
+        f"{len(large)} tensor(s) are merged on the CPU, {most.name} among them: its matrices take "
+        f"{format_size(held(plan, most))}, {format_size(place.gpu.limit)} of {place.device} are for this merge"
+    ]
 
 
 def model_memory(plan: Plan) -> int:
@@ -75,13 +116,16 @@ def bases_memory(plan: Plan) -> int:
 class MatrixEngine:
     """Runs the plan of a matrix method into a writer."""
 
-    def __init__(self, plan: Plan, writer: Writer, backend: str, device: str, options: Options) -> None:
-        self.plan, self.writer, self.options = plan, writer, options
+    def __init__(self, plan: Plan, writer: Writer, place: Place, options: Options) -> None:
+        self.plan, self.writer, self.place, self.options = plan, writer, place, options
         self.progress = Progress(total=sum(t.spec.numel * t.spec.dtype.itemsize for t in plan.tensors))
         self.report = MergeReport(plan)
-        self.context = Context(
-            backend, device, options.threads, options.memory // 4, functools.cache(self._bases), self.report.add
-        )
+        self._made_bases = functools.cache(self._bases)
+        rows = options.buffers(place) if place.gpu is None else min(options.buffers(place), rows_memory(place))
+        self.context = self._context(place.backend, place.device, rows // 4)
+        self._entries: list[tuple[str, dict[str, Any]]] = []
+        self._output = _Output(self._write)
+        self._written: Counter[str] = Counter()
         self._watch: Callable[[Progress], None] | None = None
 
     def run(self, watch: Callable[[Progress], None] | None = None) -> dict[str, Any] | None:
@@ -99,11 +143,18 @@ class MatrixEngine:
         before = torch.get_num_threads()
         torch.set_num_threads(self.options.threads)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._output:
                 self._run()
+                self._output.wait()
                 return self.report.finish(self.context.bases)
         finally:
             torch.set_num_threads(before)
+
+    def _context(self, backend: str, device: str, workspace: int) -> Context:
+        def report(name: str, entry: dict[str, Any]) -> None:
+            self._entries.append((name, entry))
+
+        return Context(backend, device, self.options.threads, workspace, self._made_bases, report)
 
     def _run(self) -> None:
         arguments = {t.name: t.arguments for t in self.plan.tensors if not t.copy}
@@ -114,7 +165,37 @@ class MatrixEngine:
             if tensor.copy:
                 self._copy(tensor)
             elif tensor.spec.numel:
-                self.plan.method.merge(self.stack(tensor, functools.partial(self._store, tensor)), **tensor.arguments)
+                self._merge(tensor, functools.partial(self._store, tensor))
+
+    def _merge(self, tensor: TensorPlan, store: Callable[[int, torch.Tensor], None]) -> None:
+        """Merge one tensor; where the GPU has no room for it with fewer rows at a time, and then on the CPU."""
+        context = self.context if self.place.gpu is None or fits(self.plan, tensor, self.place) else self._cpu
+        while True:
+            try:
+                with self.place.gpu.translated() if self.place.gpu is not None else nullcontext():
+                    self.plan.method.merge(self.stack(tensor, store, context), **tensor.arguments)
+                break
+            except OutOfDeviceMemory:
+                if context is not self.context:
+                    raise
+            assert self.place.gpu is not None
+            self._entries.clear()
+            self._output.wait()
+            self._uncount(tensor)
+            self.place.gpu.empty_cache()
+            if context.workspace >= 4 * LEAST_ROWS:
+                context.workspace //= 4
+            else:
+                context = self._cpu
+        for name, entry in self._entries:
+            self.report.add(name, entry)
+        self._entries.clear()
+
+    @functools.cached_property
+    def _cpu(self) -> Context:
+        """For what the GPU does not take."""
+        backend = "torch" if why_not("cpu", "cpu") else "cpu"
+        return self._context(backend, "cpu", self.options.buffers(self.place) // 4)
 
     def _whole(self, arguments: Mapping[str, Mapping[str, Any]]) -> None:
         """All tensors together: the method asks for what it would make of each alone, and hands on what it decides."""
@@ -134,7 +215,7 @@ class MatrixEngine:
                 found[start : start + values.numel()] = values
 
             if tensor.spec.numel:
-                plan.method.merge(self.stack(single, keep), **tensor.arguments)
+                self._merge(single, keep)
             return found.view(tensor.spec.shape)
 
         def emit(name: str, merged: torch.Tensor) -> None:
@@ -163,28 +244,38 @@ class MatrixEngine:
             for model, source in enumerate(() if tensor.copy else tensor.sources):
                 step = PIECE // source.dtype.itemsize
                 for start in range(0, source.numel, step):
-                    self._load(tensor, model, start, min(start + step, source.numel))
+                    self._load(tensor, "cpu", model, start, min(start + step, source.numel))
 
-    def stack(self, tensor: TensorPlan, store: Callable[[int, torch.Tensor], None]) -> Stack:
+    def stack(self, tensor: TensorPlan, store: Callable[[int, torch.Tensor], None], context: Context) -> Stack:
         """One tensor of all models, for a method; the output goes to ``store``."""
         assert tensor.role is not None
-        return Stack(tensor.group, tensor.role, functools.partial(self._load, tensor), store, self.context)
+        load = functools.partial(self._load, tensor, context.device)
+        return Stack(tensor.group, tensor.role, load, store, context)
 
     def _bases(self) -> SemanticBases:
         from seme.semantics.bases import SemanticBases
 
         base = self.plan.models[self.plan.donor]
-        return SemanticBases.from_checkpoint(base.checkpoint.path, roles=self.plan.config.roles)
+        return SemanticBases.from_checkpoint(
+            base.checkpoint.path, device=self.place.device, roles=self.plan.config.roles
+        )
 
-    def _load(self, tensor: TensorPlan, model: int, start: int, stop: int) -> torch.Tensor:
+    def _load(self, tensor: TensorPlan, device: str, model: int, start: int, stop: int) -> torch.Tensor:
         import torch
 
         source = tensor.sources[model]
         dtype = source.dtype
-        found = torch.empty(stop - start, dtype=dtype.to_torch())
-        if start < stop:
+
+        def read(found: torch.Tensor) -> None:
             self.plan.models[model].checkpoint.read_into(source, start * dtype.itemsize, _bytes(found, dtype))
             self.finite_(found, source)
+
+        gpu = self.place.gpu
+        if gpu is not None and device == gpu.name and start < stop:
+            return gpu.upload(read, stop - start, dtype.to_torch())
+        found = torch.empty(stop - start, dtype=dtype.to_torch())
+        if start < stop:
+            read(found)
         return found
 
     def finite_(self, found: torch.Tensor, source: Stored) -> None:
@@ -206,10 +297,24 @@ class MatrixEngine:
             found.masked_fill_(~torch.isfinite(found), 0)
 
     def _store(self, tensor: TensorPlan, start: int, values: torch.Tensor) -> None:
+        values = values.to(tensor.spec.dtype.to_torch())
+        gpu = self.place.gpu
+        if gpu is not None and str(values.device) == gpu.name:
+            self._output.put(tensor, start, *gpu.download(values))
+        else:
+            self._write(tensor, start, values.cpu().contiguous())
+
+    def _write(self, tensor: TensorPlan, start: int, values: torch.Tensor) -> None:
         dtype = tensor.spec.dtype
-        values = values.to("cpu", dtype.to_torch()).contiguous()
         self.writer.write(tensor.name, start * dtype.itemsize, _bytes(values, dtype))
+        self._written[tensor.name] += values.nbytes
         self._count(values.nbytes)
+
+    def _uncount(self, tensor: TensorPlan) -> None:
+        """What was written of a tensor will be written again."""
+        written = self._written.pop(tensor.name, 0)
+        self.progress.written -= written
+        self.progress.done -= written
 
     def _count(self, written: int) -> None:
         self.progress.written += written
@@ -224,6 +329,37 @@ class MatrixEngine:
             self.plan.models[0].checkpoint.read_into(source, start, piece)
             self.writer.write(tensor.name, start, piece)
             self._count(len(piece))
+
+
+class _Output:
+    """Writes what a GPU hands over, in order, while it computes what comes next."""
+
+    def __init__(self, write: Callable[[TensorPlan, int, torch.Tensor], None]) -> None:
+        self._write = write
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def put(self, tensor: TensorPlan, start: int, values: torch.Tensor, arrived: Callable[[], None]) -> None:
+        """Write ``values`` when ``arrived`` returns; raises what went wrong with an earlier one."""
+
+        def task() -> None:
+            arrived()
+            self._write(tensor, start, values)
+
+        if len(self._pending) >= WAITING:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(task))
+
+    def wait(self) -> None:
+        """Until all of it is written."""
+        while self._pending:
+            self._pending.popleft().result()
 
 
 class _Finite:

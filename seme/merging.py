@@ -10,6 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from seme import gpu
 from seme import plan as planning
 from seme.checkpoint import Writer, local_path
 from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
@@ -20,7 +21,7 @@ from seme.errors import CheckpointError, ConfigError, LateInterrupt, brief
 from seme.matrix_engine import MatrixEngine
 from seme.plan import Plan
 from seme.report.card import model_card
-from seme.runtime import Runtime, choose
+from seme.runtime import Place
 from seme.sizes import parse_size
 
 NONFINITE = ("error", "keep", "zero")
@@ -28,7 +29,8 @@ NONFINITE = ("error", "keep", "zero")
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge did: the folder, its tensors and bytes, the seconds it took, and the backend it ran on."""
+    """What a merge did: the folder, its tensors and bytes, the seconds it took, the backend and device it ran on, and
+    what it held at most of a GPU's memory."""
 
     path: Path
     tensors: int
@@ -36,6 +38,8 @@ class MergeResult:
     bytes_written: int
     seconds: float
     backend: str
+    device: str
+    gpu_bytes: int = 0
 
 
 def default_threads() -> int:
@@ -50,10 +54,11 @@ def merge(
     config: Mapping[str, Any] | str | Path,
     out: str | Path,
     *,
-    memory: str | int = "256MiB",
+    memory: str | int | None = None,
     threads: int | None = None,
     backend: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
     overwrite: bool = False,
     out_shard_size: str | int = "5GB",
     nonfinite: str = "error",
@@ -67,10 +72,11 @@ def merge(
         config: the recipe: a mapping, a YAML file, or YAML text. ``docs/config.md`` has its keys.
         out: the new folder; it appears whole when all is on disk, or not at all.
         memory: limit of the buffers, e.g. ``"1GiB"``; of element-wise methods the process peaks about 30 MB above, of
-            others the dry run (``seme merge --dry-run``) says where.
+            others the dry run (``seme merge --dry-run``) says where. Default: 256 MiB, on a GPU 1 GiB.
         threads: chunks computed at once; default: the cores of this process.
         backend: auto, cpu, torch, triton or cuda.
-        device: cpu or cuda[:N].
+        device: auto, cpu or cuda[:N]; auto takes a GPU where the merge is long enough to be worth its start.
+        gpu_memory: limit of the GPU's memory; default: 80 % of what is free.
         overwrite: replace an existing model folder once the new one is complete.
         out_shard_size: largest output file, bytes or e.g. ``"5GB"``.
         nonfinite: inf or NaN in an input: ``error`` (named with tensor and count), ``keep`` or ``zero``.
@@ -87,8 +93,8 @@ def merge(
     """
     if not isinstance(out, (str, os.PathLike)):
         raise ConfigError(f"out: {brief(out)}; expected the path of the new folder")
-    options = make_options(memory, threads, nonfinite)
-    choose(backend, device, options.threads)  # before models are downloaded
+    options = make_options(memory, threads, nonfinite, gpu_memory)
+    gpu.check(backend, device)  # before models are downloaded
     shard = parse_size(out_shard_size, "out_shard_size")
     recipe = None if isinstance(config, Mapping) else local_path(str(config))
     chosen = override(load(config), seed=seed, compat=compat)
@@ -96,13 +102,20 @@ def merge(
     return run(plan, Path(out), options, backend, device, overwrite, watch)
 
 
-def make_options(memory: str | int, threads: int | None, nonfinite: str) -> Options:
+def make_options(
+    memory: str | int | None, threads: int | None, nonfinite: str, gpu_memory: str | int | None = None
+) -> Options:
     """Checked :class:`Options`; :class:`ConfigError` names the option that is wrong."""
     if nonfinite not in NONFINITE:
         raise ConfigError(f"nonfinite: {nonfinite!r}; expected one of {', '.join(NONFINITE)}")
     if threads is not None and not (isinstance(threads, Integral) and threads >= 1):
         raise ConfigError(f"threads: {brief(threads)}; expected a whole number, at least 1")
-    return Options(parse_size(memory, "memory"), threads or default_threads(), nonfinite)
+    return Options(
+        None if memory is None else parse_size(memory, "memory"),
+        threads or default_threads(),
+        nonfinite,
+        None if gpu_memory is None else parse_size(gpu_memory, "gpu_memory"),
+    )
 
 
 def run(
@@ -110,23 +123,23 @@ def run(
     out: Path,
     options: Options,
     backend: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: bool = False,
     watch: Callable[[Progress], None] | None = None,
 ) -> MergeResult:
     """Run a plan made for the folder ``out``; see :func:`merge`."""
     writer = None
     try:
-        chosen, make_runtime = ready(plan, options, backend, device)
+        place = ready(plan, options, backend, device)
         with Writer(out.resolve(), plan.layout, overwrite) as writer:
             _write_small_files(plan, writer)
             report = None
             engine: Engine | MatrixEngine
             if plan.method.matrix:
-                engine = MatrixEngine(plan, writer, chosen, device, options)
+                engine = MatrixEngine(plan, writer, place, options)
                 report = engine.run(watch)
             else:
-                engine = Engine(plan, writer, make_runtime, options)
+                engine = Engine(plan, writer, place, options)
                 engine.run(watch)
             if report is not None:
                 writer.json("merge_report.json", report)
@@ -139,25 +152,27 @@ def run(
     finally:
         plan.close()
     done = engine.progress
-    return MergeResult(out, len(plan.tensors), done.read, done.written, time.monotonic() - done.started, chosen)
+    seconds = time.monotonic() - done.started
+    held = place.gpu.peak if place.gpu is not None else 0
+    return MergeResult(out, len(plan.tensors), done.read, done.written, seconds, place.backend, place.device, held)
 
 
-def ready(plan: Plan, options: Options, backend: str, device: str) -> tuple[str, Callable[[int, int], Runtime]]:
-    """The backend and its runtimes, as :func:`seme.runtime.choose` gives them, once all that a plan needs is there.
+def ready(plan: Plan, options: Options, backend: str, device: str) -> Place:
+    """Where the plan will run, as :func:`seme.gpu.choose` says, once all that it needs is there.
 
     Raises:
         SemeError: a backend that does not work here, too little memory for the buffers, NaN that would spread over
             whole matrices, or a file that cannot be copied.
     """
-    chosen = choose(backend, device, options.threads)
+    place = gpu.choose(plan, options.threads, backend, device, options.gpu_memory)
     if not plan.method.matrix:
-        chunk_bytes(plan, options)
+        chunk_bytes(plan, options, place)
     elif options.nonfinite == "keep":
         raise ConfigError(f"nonfinite: keep: {plan.method.name} would spread a NaN over whole matrices; use zero")
     for file in _copied(plan):
         if not os.access(file, os.R_OK):
             raise CheckpointError(f"{file}: no permission to read it; it belongs to the output, make it readable")
-    return chosen
+    return place
 
 
 def _copied(plan: Plan) -> list[Path]:

@@ -140,7 +140,7 @@ MISTAKES = {
     "bad threads": (edit(), ("--threads", "0"), "threads: 0; expected a whole number, at least 1"),
     "verbose without a plan": (edit(), ("--verbose",), "--verbose: shows every tensor of the plan; add --dry-run"),
     "no gpu": (edit(), ("--device", "cuda"), "no CUDA device"),
-    "bad device": (edit(), ("--device", "tpu"), "device tpu: expected cpu, cuda or cuda:N"),
+    "bad device": (edit(), ("--device", "tpu"), "device tpu: expected auto, cpu, cuda or cuda:N"),
 }
 
 

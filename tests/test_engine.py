@@ -21,9 +21,11 @@ from seme.errors import BackendError, CheckpointError, ConfigError, TargetError
 from seme.merging import MergeResult, make_options, merge, run
 from seme.methods import _magnitude, get
 from seme.native import BLOCK
+from seme.runtime import Place
 
 from .checkpoints import CONFIG, Tensors, read, write
 
+CPU = Place("cpu", "cpu", "")
 NAMES = ("base", "a", "b", "c")
 NORM = "model.norm.weight"
 LAYER = "model.layers.0."
@@ -507,17 +509,17 @@ class TestOptions:
         plan = self.plan()
         for memory, threads in ((1 << 28, 1), (1 << 28, 16), (2 << 20, 1), (16 << 20, 8)):
             options = Options(memory, threads)
-            assert buffer_memory(plan, options) <= memory
-            assert chunk_bytes(plan, options) % (8 * BLOCK) == 0
-            assert chunk_bytes(plan, options) <= engine.CHUNK_BYTES
+            assert buffer_memory(plan, options, CPU) <= memory
+            assert chunk_bytes(plan, options, CPU) % (8 * BLOCK) == 0
+            assert chunk_bytes(plan, options, CPU) <= engine.CHUNK_BYTES
 
     def test_too_little_memory(self, here: Path) -> None:
         plan = self.plan()
         least = 5 * (2 + engine.WAITING) * 8 * BLOCK
-        assert chunk_bytes(plan, Options(least, 2)) == 8 * BLOCK
+        assert chunk_bytes(plan, Options(least, 2), CPU) == 8 * BLOCK
         message = rf"^memory: {least - 1} bytes are too few for 20 buffers; give at least {least}$"
         with pytest.raises(ConfigError, match=message):
-            chunk_bytes(plan, Options(least - 1, 2))
+            chunk_bytes(plan, Options(least - 1, 2), CPU)
         with pytest.raises(ConfigError, match=message):
             merge(recipe("ties"), "out", memory=least - 1, threads=2)
         assert sorted(os.listdir()) == ["a", "b", "base", "c"]
@@ -530,7 +532,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"device": "tpu"}, "device tpu: expected cpu, cuda or cuda:N"),
+            ({"device": "tpu"}, "device tpu: expected auto, cpu, cuda or cuda:N"),
             ({"backend": "fortran"}, "backend fortran: unknown backend 'fortran'; known: auto, torch, cpu"),
             ({"backend": "cuda"}, "backend cuda: backend cuda works on CUDA tensors, not on cpu"),
         ],

@@ -10,16 +10,17 @@ from seme.sizes import format_size
 
 if TYPE_CHECKING:
     from seme.plan import Plan
+    from seme.runtime import Place
 
 
-def plan_as_dict(plan: Plan, options: Options, backend: str, verbose: bool = False) -> dict[str, Any]:
+def plan_as_dict(plan: Plan, options: Options, place: Place, verbose: bool = False) -> dict[str, Any]:
     """Numbers and names of a plan; with ``verbose`` every tensor and its parameters."""
     if plan.method.matrix:
-        buffers = matrix_engine.buffer_memory(plan, options)
-        peak = matrix_engine.peak_memory(plan, options)
+        buffers = matrix_engine.buffer_memory(plan, options, place)
+        peak = matrix_engine.peak_memory(plan, options, place)
     else:
-        buffers = engine.buffer_memory(plan, options)
-        peak = engine.peak_memory(plan, options, backend)
+        buffers = engine.buffer_memory(plan, options, place)
+        peak = engine.peak_memory(plan, options, place)
     found: dict[str, Any] = {
         "method": plan.method.name,
         "models": [str(m.ref) for m in plan.models],
@@ -33,10 +34,13 @@ def plan_as_dict(plan: Plan, options: Options, backend: str, verbose: bool = Fal
         "buffer_bytes": buffers,
         "peak_memory_bytes": peak,
         "threads": options.threads,
-        "backend": backend,
+        "backend": place.backend,
+        "device": place.device,
+        "device_reason": place.why,
+        "gpu_memory_bytes": place.gpu.limit if place.gpu is not None else 0,
         "out_dtype": plan.out_dtype.name,
         "shards": dict(zip(plan.layout.files, plan.layout.sizes)),
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *(matrix_engine.notes(plan, place) if plan.method.matrix else [])],
     }
     if verbose:
         found["per_tensor"] = [
@@ -54,9 +58,10 @@ def plan_as_dict(plan: Plan, options: Options, backend: str, verbose: bool = Fal
     return found
 
 
-def plan_as_text(plan: Plan, options: Options, backend: str, verbose: bool = False) -> str:
+def plan_as_text(plan: Plan, options: Options, place: Place, verbose: bool = False) -> str:
     """The same as lines of text."""
-    d = plan_as_dict(plan, options, backend, verbose)
+    d = plan_as_dict(plan, options, place, verbose)
+    of = f", at most {format_size(d['gpu_memory_bytes'])} of it" if place.gpu is not None else ""
     lines = [
         f"method    {d['method']}",
         f"models    {', '.join(d['models'])}",
@@ -67,6 +72,7 @@ def plan_as_text(plan: Plan, options: Options, backend: str, verbose: bool = Fal
         f"write     {format_size(d['bytes_written'])} in {len(d['shards'])} shard(s)",
         f"memory    about {format_size(d['peak_memory_bytes'])}, of it buffers {format_size(d['buffer_bytes'])}",
         f"run       {d['threads']} thread(s), backend {d['backend']}",
+        f"device    {d['device']}{of}: {d['device_reason']}",
     ]
     lines += [f"  {name}  {format_size(size)}" for name, size in d["shards"].items()]
     lines += [f"note      {note}" for note in d["notes"]]

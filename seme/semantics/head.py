@@ -102,10 +102,10 @@ def of_checkpoint(path: str | Path | ModelRef, fold_norm: bool, device: str, rol
     """
     import torch
 
+    from seme.gpu import check
     from seme.roles import latent
-    from seme.runtime import choose
 
-    choose("torch", device, 1)  # refuses a device that is not there
+    check("torch", device, auto=False)  # refuses a device that is not there
     checkpoint = Checkpoint(resolve(path if isinstance(path, ModelRef) else ModelRef(str(path))))
     try:
         try:
