@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from seme.gpu import Gpu
-from seme.runtime import INTERPRETER, Buffer, OutOfDeviceMemory, Place
+from seme.runtime import INTERPRETER, Buffer, Place
 
 
 class _Stream:
@@ -85,6 +85,3 @@ class FakeGpu(Gpu):
 
     def place(self, backend: str = "torch") -> Place:
         return Place(backend, "cpu", "a test", gpu=self)
-
-
-__all__ = ["FakeGpu", "OutOfDeviceMemory"]

@@ -11,14 +11,17 @@ import pytest
 import torch
 
 import seme
-from seme import gpu, matrix_engine
+from seme import engine, gpu, matrix_engine
 from seme import plan as planning
 from seme.cli import main
 from seme.config import load
 from seme.engine import Options
 from seme.errors import BackendError, CheckpointError, ConfigError
+from seme.gpu import GpuRuntime
 from seme.native import BLOCK
+from seme.ops._op import Op
 from seme.plan import Plan
+from seme.runtime import OutOfDeviceMemory
 
 from . import models as make
 from .fake_gpu import FakeGpu
@@ -30,7 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu, "CHUNK_BYTES", 8 * BLOCK)  # several chunks per tensor
+    for module in (engine, gpu):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 8 * BLOCK)  # several chunks per tensor
     return tmp_path
 
 
@@ -63,6 +67,16 @@ class TestTheBytesOfTheCpu:
         assert fake.held == fake.pinned == fake.reserved == 0
         assert 0 < fake.peak <= fake.limit
 
+    def test_by_one_worker_that_uses_its_buffers_again(
+        self, name: str, here: Path, use: Callable[..., FakeGpu], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        models(torch.float64)  # of which a chunk is a block
+        wanted = on_cpu(recipe(name))
+        monkeypatch.setattr(gpu, "WORKERS", 1)
+        use(FakeGpu())
+        seme.merge(recipe(name), "out", threads=1)
+        assert files(Path("out")) == wanted
+
     def test_where_memory_is_refused_again_and_again(self, name: str, here: Path, use: Callable[..., FakeGpu]) -> None:
         """Chunks are halved, also while others hold quotas that count on them, until they go through."""
         models()
@@ -73,6 +87,27 @@ class TestTheBytesOfTheCpu:
         assert files(Path("out")) == wanted
         assert fake.emptied > 0
         assert fake.held == 0
+
+
+def test_quotas_when_memory_is_refused_after_counting(
+    here: Path, use: Callable[..., FakeGpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chunk is counted again, in halves, by which time others may have gone on from its count."""
+    models()
+    wanted = on_cpu(recipe("ties"))
+    real, refused = GpuRuntime.run, []
+
+    def run(self: GpuRuntime, op: Op, params: dict[str, Any], inputs: Any, numel: int, *more: Any) -> None:
+        if op.name == "ties" and numel > BLOCK and len(refused) < 2:
+            refused.append(numel)
+            raise OutOfDeviceMemory("planned")
+        real(self, op, params, inputs, numel, *more)
+
+    monkeypatch.setattr(GpuRuntime, "run", run)
+    use(FakeGpu())
+    seme.merge(recipe("ties"), "out", threads=2)
+    assert files(Path("out")) == wanted
+    assert refused == [4 * BLOCK, 2 * BLOCK]
 
 
 @pytest.mark.parametrize("name", ["slerp", "ties, rescaled"])
