@@ -116,7 +116,7 @@ def chunk_bytes(plan: Plan, options: Options, place: Place) -> int:
     Raises:
         ConfigError: a limit is too small for one block per buffer.
     """
-    buffers = (len(plan.models) + 1) * workers(options, place)
+    buffers = (plan.inputs + 1) * workers(options, place)
     size, limits = CHUNK_BYTES, {"memory": options.buffers(place)}
     if place.gpu is not None:
         from seme import gpu
@@ -145,7 +145,7 @@ def _widest(tensor: TensorPlan) -> int:
 
 def buffer_memory(plan: Plan, options: Options, place: Place) -> int:
     """Bytes of buffers that the merge will hold; on a GPU as many there again."""
-    return chunk_bytes(plan, options, place) * (len(plan.models) + 1) * workers(options, place)
+    return chunk_bytes(plan, options, place) * (plan.inputs + 1) * workers(options, place)
 
 
 def peak_memory(plan: Plan, options: Options, place: Place) -> int:
@@ -155,8 +155,9 @@ def peak_memory(plan: Plan, options: Options, place: Place) -> int:
 
 def process_memory(plan: Plan, torch: bool) -> int:
     """Bytes beside the buffers: interpreter, plan, torch if it is used, and ``.bin`` files, which torch maps."""
+    torch = torch or any(s.needs_torch for t in plan.tensors for s in t.sources)
     mapped = sum(s.nbytes for t in plan.tensors for s in t.sources if s.file.suffix != ".safetensors")
-    return (TORCH_MEMORY if torch or mapped else PROCESS_MEMORY) + TENSOR_MEMORY * len(plan.tensors) + mapped
+    return (TORCH_MEMORY if torch else PROCESS_MEMORY) + TENSOR_MEMORY * len(plan.tensors) + mapped
 
 
 class _Task:
@@ -277,7 +278,7 @@ class Engine:
         worker = next(self._worker_ids)
         runtime = None
         try:
-            runtime = self.place.runtime(len(self.plan.models), self.size)
+            runtime = self.place.runtime(self.plan.inputs, self.size)
             while True:
                 job = self._take()
                 if job is None:
@@ -355,7 +356,7 @@ class Engine:
             if self._error is not None:
                 return
             piece = memoryview(buffer)[: min(len(buffer), source.nbytes - start)]
-            self.plan.models[0].checkpoint.read_into(source, start, piece)
+            source.read_into(start, piece)
             self.writer.write(plan.name, start, piece)
             self._count(0, len(piece))
 
@@ -433,7 +434,7 @@ class Engine:
             at = 0
             for start, n in chunk.pieces:
                 piece = runtime.inputs[i].memory[at : at + n * dtype.itemsize]
-                self.plan.models[i].checkpoint.read_into(plan.sources[i], start * dtype.itemsize, piece)
+                plan.sources[i].read_into(start * dtype.itemsize, piece)
                 at += len(piece)
             total += at
         return total
@@ -500,7 +501,7 @@ class Engine:
         counts, size = array("q", [0]), self.size
         for start in range(0, source.nbytes, size):
             memory = runtime.inputs[i].memory[: min(size, source.nbytes - start)]
-            self.plan.models[i].checkpoint.read_into(source, start, memory)
+            source.read_into(start, memory)
             out = View(counts.buffer_info()[0], 1, INT64)
             numel = len(memory) // source.dtype.itemsize
             runtime.load([(i, source.dtype)], numel)

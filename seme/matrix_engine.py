@@ -16,18 +16,19 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from seme.checkpoint import Checkpoint, Stored, Writer
+from seme.checkpoint import Writer
 from seme.dtypes import DType, float32
 from seme.engine import Options, Progress, process_memory
 from seme.errors import CheckpointError
 from seme.methods._matrix import Context, Stack
 from seme.ops._op import why_not
 from seme.ops.nonfinite import nonfinite
-from seme.plan import Plan, TensorPlan
+from seme.plan import Model, Plan, TensorPlan
 from seme.report.merge_report import MergeReport
 from seme.roles import Role
 from seme.runtime import OutOfDeviceMemory, Place
 from seme.sizes import format_size
+from seme.sources import Source
 
 if TYPE_CHECKING:
     import torch
@@ -207,7 +208,7 @@ class MatrixEngine:
         def data_free(name: str) -> torch.Tensor:
             tensor = tensors.get(name)
             if tensor is None or tensor.copy:  # a stored copy of a tied head, or integers: not asked for what it holds
-                return torch.zeros(plan.models[plan.donor].checkpoint.tensors[name].shape)
+                return torch.zeros(plan.models[plan.donor].tensors[name].shape)
             single = replace(tensor, group=replace(tensor.group, out_dtype=float32))
             found = torch.empty(tensor.spec.numel)
 
@@ -228,7 +229,7 @@ class MatrixEngine:
             self._check()
         order = [plan.donor, *(i for i in range(len(plan.models)) if i != plan.donor)]
         assert plan.method.whole is not None
-        told = plan.method.whole([_Finite(plan.models[i].checkpoint, self) for i in order], arguments, emit, data_free)
+        told = plan.method.whole([_Finite(plan.models[i], self) for i in order], arguments, emit, data_free)
         self.report.extra["sequence"] = told
         for tensor in plan.tensors:
             if tensor.copy:
@@ -267,7 +268,7 @@ class MatrixEngine:
         dtype = source.dtype
 
         def read(found: torch.Tensor) -> None:
-            self.plan.models[model].checkpoint.read_into(source, start * dtype.itemsize, _bytes(found, dtype))
+            source.read_into(start * dtype.itemsize, _bytes(found, dtype))
             self.finite_(found, source)
 
         gpu = self.place.gpu
@@ -278,7 +279,7 @@ class MatrixEngine:
             read(found)
         return found
 
-    def finite_(self, found: torch.Tensor, source: Stored) -> None:
+    def finite_(self, found: torch.Tensor, source: Source) -> None:
         """Apply ``--nonfinite``, in place, to what was read of a tensor.
 
         Raises:
@@ -326,7 +327,7 @@ class MatrixEngine:
         source = tensor.sources[0]
         for start in range(0, source.nbytes, PIECE):
             piece = memoryview(bytearray(min(PIECE, source.nbytes - start)))
-            self.plan.models[0].checkpoint.read_into(source, start, piece)
+            source.read_into(start, piece)
             self.writer.write(tensor.name, start, piece)
             self._count(len(piece))
 
@@ -363,17 +364,17 @@ class _Output:
 
 
 class _Finite:
-    """A checkpoint, for a method that reads it by itself: what it reads is as ``--nonfinite`` says."""
+    """A model, for a method that reads it by itself as a checkpoint: what it reads is as ``--nonfinite`` says."""
 
-    def __init__(self, checkpoint: Checkpoint, engine: MatrixEngine) -> None:
-        self.path, self.tensors, self.config = checkpoint.path, checkpoint.tensors, checkpoint.config
-        self._checkpoint, self._engine = checkpoint, engine
+    def __init__(self, model: Model, engine: MatrixEngine) -> None:
+        self.path, self.tensors, self.config = model.checkpoint.path, model.tensors, model.checkpoint.config
+        self._engine = engine
 
-    def read_into(self, tensor: Stored, start: int, buffer: memoryview) -> None:
+    def read_into(self, tensor: Source, start: int, buffer: memoryview) -> None:
         """As that of the checkpoint; the piece is of whole elements."""
         import torch
 
-        self._checkpoint.read_into(tensor, start, buffer)
+        tensor.read_into(start, buffer)
         if tensor.dtype.mergeable and len(buffer):
             self._engine.finite_(torch.frombuffer(buffer, dtype=tensor.dtype.to_torch()), tensor)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from seme import dtypes
-from seme.checkpoint import Checkpoint, Layout, ModelRef, Stored, check_free, layout, locate, resolve, same_model
+from seme.checkpoint import Checkpoint, Layout, ModelRef, check_free, layout, locate, resolve, same_model
 from seme.config import MergeConfig, Parameter, suggest
 from seme.dtypes import DType
 from seme.errors import CheckpointError, ConfigError, TargetError, brief
@@ -24,6 +24,7 @@ from seme.methods import Group, Method, Param, get
 from seme.ops._op import Spec
 from seme.roles import TensorRole, latent, layer, layers, roles
 from seme.sizes import format_size
+from seme.sources import Source, StoredTensor
 
 HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "output.weight")
 EMBEDDINGS = (
@@ -69,10 +70,12 @@ CONFIG_KEYS = (
 
 @dataclass(frozen=True)
 class Model:
-    """An input model: how the recipe names it, its checkpoint, and the parameters under its entry."""
+    """An input model: how the recipe names it, its checkpoint, its tensors as they are merged, and the parameters under
+    its entry."""
 
     ref: ModelRef
     checkpoint: Checkpoint
+    tensors: Mapping[str, Source]
     parameters: Mapping[str, Parameter]
 
 
@@ -82,7 +85,7 @@ class TensorPlan:
 
     Attributes:
         group: name, inputs and dtypes, as the method sees them.
-        sources: where the tensor lies in each model.
+        sources: where the elements of each input come from.
         arguments: the method's parameters for this tensor; empty for a copy.
         copy: not floating point: copied, because all models hold the same bytes.
         unit: elements that a pass of the method must have in memory together.
@@ -91,7 +94,7 @@ class TensorPlan:
     """
 
     group: Group
-    sources: tuple[Stored, ...]
+    sources: tuple[Source, ...]
     arguments: Mapping[str, Any]
     copy: bool
     unit: int = 1
@@ -136,6 +139,11 @@ class Plan:
     out_dtype: DType
     bytes_read: int
     notes: tuple[str, ...]
+
+    @property
+    def inputs(self) -> int:
+        """The most inputs that a tensor has."""
+        return max((len(t.sources) for t in self.tensors), default=0)
 
     @property
     def bytes_written(self) -> int:
@@ -186,7 +194,8 @@ def make(
     models: list[Model] = []
     try:
         for (ref, given), path in zip(entries, paths):
-            models.append(Model(ref, Checkpoint(path), given))
+            checkpoint = Checkpoint(path)
+            models.append(Model(ref, checkpoint, stored_tensors(checkpoint), given))
         return _plan(config, method, tuple(models), base, _folder(paths[tokenizer_of]), target, max_shard)
     except BaseException:
         for model in models:
@@ -229,6 +238,11 @@ def _plan(
     out_dtype = weight.most_common(1)[0][0] if weight else dtypes.float32
     read = sum(s.nbytes for t in tensors for s in t.sources)
     return Plan(config, method, models, donor, tokenizer, tensors, where, out_dtype, read, tuple(notes))
+
+
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, Source]:
+    """Every tensor of a checkpoint, as it lies there."""
+    return {name: StoredTensor(checkpoint, stored) for name, stored in checkpoint.tensors.items()}
 
 
 def _folder(path: Path) -> Path:
@@ -337,13 +351,23 @@ def _ends(name: str, endings: tuple[str, ...]) -> bool:
     return any(name == e or name.endswith("." + e) for e in endings)
 
 
-def _embedding(checkpoint: Checkpoint, head: Stored) -> Stored | None:
+def _embedding(model: Model, head: Source) -> Source | None:
     """The input embedding that a head of this shape may be tied to."""
-    candidates = [t for t in checkpoint.tensors.values() if _ends(t.name, EMBEDDINGS) and t.shape == head.shape]
+    candidates = [t for t in model.tensors.values() if _ends(t.name, EMBEDDINGS) and t.shape == head.shape]
     return candidates[0] if candidates else None
 
 
-def _same_bytes(a: Checkpoint, x: Stored, b: Checkpoint, y: Stored) -> bool:
+def _one_memory(x: Source, y: Source) -> bool:
+    """True if two tensors of a ``.bin`` checkpoint are one memory (tied weights)."""
+    return (
+        isinstance(x, StoredTensor)
+        and isinstance(y, StoredTensor)
+        and x.checkpoint is y.checkpoint
+        and x.checkpoint.shares_storage(x.name, y.name)
+    )
+
+
+def _same_bytes(x: Source, y: Source) -> bool:
     """Compare two tensors byte for byte, in pieces."""
     if (x.dtype, x.shape) != (y.dtype, y.shape):
         return False
@@ -351,50 +375,44 @@ def _same_bytes(a: Checkpoint, x: Stored, b: Checkpoint, y: Stored) -> bool:
     left, right = bytearray(piece), bytearray(piece)
     for start in range(0, x.nbytes, piece):
         n = min(piece, x.nbytes - start)
-        a.read_into(x, start, memoryview(left)[:n])
-        b.read_into(y, start, memoryview(right)[:n])
+        x.read_into(start, memoryview(left)[:n])
+        y.read_into(start, memoryview(right)[:n])
         if left[:n] != right[:n]:
             return False
     return True
 
 
-def _is_copy(checkpoint: Checkpoint, head: Stored) -> bool:
+def _is_copy(model: Model, head: Source) -> bool:
     """True if a stored head is only a copy of the input embedding."""
-    embedding = _embedding(checkpoint, head)
-    return embedding is not None and (
-        checkpoint.shares_storage(head.name, embedding.name) or _same_bytes(checkpoint, head, checkpoint, embedding)
-    )
+    embedding = _embedding(model, head)
+    return embedding is not None and (_one_memory(head, embedding) or _same_bytes(head, embedding))
 
 
-def _ties(checkpoint: Checkpoint, head: str) -> bool:
+def _ties(model: Model, head: str) -> bool:
     """True if a model's head is its input embedding: as config.json says, else as it is stored."""
-    said = _tied(checkpoint.config)
-    if said is not None or head not in checkpoint.tensors:
+    said = _tied(model.checkpoint.config)
+    if said is not None or head not in model.tensors:
         return said is not False
-    embedding = _embedding(checkpoint, checkpoint.tensors[head])
-    return embedding is not None and checkpoint.shares_storage(head, embedding.name)
+    embedding = _embedding(model, model.tensors[head])
+    return embedding is not None and _one_memory(model.tensors[head], embedding)
 
 
-def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> dict[str, tuple[Stored, ...]]:
+def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> dict[str, tuple[Source, ...]]:
     """Every output tensor with its place in each model; nothing is left out without a note or an error."""
-    stored = [dict(m.checkpoint.tensors) for m in models]
+    stored = [dict(m.tensors) for m in models]
     everywhere = set.intersection(*(set(s) for s in stored))
     for model, tensors in zip(models, stored):
         for name in list(tensors):
             if name not in everywhere and _ends(name, RECOMPUTED):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, transformers computes it")
-            elif (
-                _ends(name, HEADS)
-                and _ties(models[donor].checkpoint, name)
-                and _is_copy(model.checkpoint, tensors[name])
-            ):
+            elif _ends(name, HEADS) and _ties(models[donor], name) and _is_copy(model, tensors[name]):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, it is the tied input embedding")
-            elif name not in everywhere and (twin := _twin(model.checkpoint, tensors[name], everywhere)):
+            elif name not in everywhere and (twin := _twin(model, tensors[name], everywhere)):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, it is {twin} again")
-    found: dict[str, tuple[Stored, ...]] = {}
+    found: dict[str, tuple[Source, ...]] = {}
     for name in stored[donor]:
         found[name] = tuple(_find(models, stored, donor, i, name) for i in range(len(models)))
     for tensors in stored:
@@ -407,15 +425,13 @@ def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> di
     return found
 
 
-def _twin(checkpoint: Checkpoint, tensor: Stored, names: Iterable[str]) -> str | None:
+def _twin(model: Model, tensor: Source, names: Iterable[str]) -> str | None:
     """Which of ``names`` a tensor of a ``.bin`` file is one memory with: it stores tied tensors under every name. What
     a head is tied to is decided elsewhere."""
     if _ends(tensor.name, HEADS):
         return None
     for name in names:
-        if checkpoint.shares_storage(tensor.name, name) and _same_bytes(
-            checkpoint, tensor, checkpoint, checkpoint.tensors[name]
-        ):
+        if _one_memory(tensor, model.tensors[name]) and _same_bytes(tensor, model.tensors[name]):
             return name
     return None
 
@@ -424,12 +440,11 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _find(models: tuple[Model, ...], stored: list[dict[str, Stored]], donor: int, i: int, name: str) -> Stored:
+def _find(models: tuple[Model, ...], stored: list[dict[str, Source]], donor: int, i: int, name: str) -> Source:
     wanted = stored[donor][name]
     if name not in stored[i]:
-        checkpoint = models[i].checkpoint
-        if _ends(name, HEADS) and _ties(checkpoint, name):
-            embedding = _embedding(checkpoint, wanted)
+        if _ends(name, HEADS) and _ties(models[i], name):
+            embedding = _embedding(models[i], wanted)
             if embedding is not None:
                 return embedding
         missing = [n for n in stored[donor] if n not in stored[i]]
@@ -471,14 +486,14 @@ def _tensor(
     models: tuple[Model, ...],
     base: int | None,
     name: str,
-    sources: tuple[Stored, ...],
+    sources: tuple[Source, ...],
     layers: _Layers,
     role: TensorRole | None,
 ) -> TensorPlan:
     inputs = tuple(Spec(s.shape, s.dtype) for s in sources)
     merged = [s for s in sources if s.dtype.mergeable]
     if len(merged) < len(sources):
-        return _copy(models, name, sources, inputs, base)
+        return _copy(name, sources, inputs, base)
     stored = dtypes.promote([s.dtype for s in sources])
     if config.dtype is not None:
         compute = config.dtype
@@ -515,11 +530,9 @@ def _lookup(param: Param, scopes: list[Mapping[str, Parameter]], name: str, laye
     return param.default
 
 
-def _copy(
-    models: tuple[Model, ...], name: str, sources: tuple[Stored, ...], inputs: tuple[Spec, ...], base: int | None
-) -> TensorPlan:
-    for model, source in zip(models[1:], sources[1:]):
-        if not _same_bytes(models[0].checkpoint, sources[0], model.checkpoint, source):
+def _copy(name: str, sources: tuple[Source, ...], inputs: tuple[Spec, ...], base: int | None) -> TensorPlan:
+    for source in sources[1:]:
+        if not _same_bytes(sources[0], source):
             raise CheckpointError(
                 f"{source.file}: tensor {name} ({source.dtype}) differs from {sources[0].file} ({sources[0].dtype}); "
                 f"{dtypes.why_equal(s.dtype for s in sources)}"
