@@ -1,7 +1,9 @@
 """The recipe: mergekit's YAML schema, read into frozen dataclasses, every mistake named by its path in the file.
 
-Supported keys: ``merge_method``, ``models``, ``base_model``, ``parameters``, ``dtype``, ``out_dtype``,
-``tokenizer_source``, ``compat``, ``seed``, ``roles``. A key that is not known is an error, with the nearest known one.
+:data:`KEYS` are the supported ones. A key that is not known is an error, with the nearest known one.
+
+Whatever way it is written, a recipe is a list of sections (modules of the model, or all of it), each of them a list of
+slices (ranges of layers, or all of them), each of them a list of entries, the inputs.
 
 A parameter value is a scalar, a gradient (a list of scalars, interpolated over the layers), or a list of
 ``{filter, value}`` conditions of which the first whose filter is part of the tensor's name holds.
@@ -31,6 +33,8 @@ Scalar = bool | int | float | str
 KEYS = (
     "merge_method",
     "models",
+    "slices",
+    "modules",
     "base_model",
     "parameters",
     "dtype",
@@ -97,12 +101,57 @@ def interpolate(values: tuple[Scalar, ...], t: float) -> Scalar:
     return (1 - fraction) * float(values[low]) + fraction * float(values[high])
 
 
+Parameters = Mapping[str, Parameter]
+
+
 @dataclass(frozen=True)
 class ModelEntry:
-    """One entry of ``models``: the model and the parameters written under it."""
+    """One entry of ``models`` or of a slice's ``sources``: the model, the parameters written under it, the place in the
+    recipe, and of a source the range of layers."""
 
     ref: ModelRef
-    parameters: Mapping[str, Parameter]
+    parameters: Parameters
+    where: str = ""
+    layers: range | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the output that are merged from as many layers of each entry; all layers if it comes from ``models``.
+
+    Attributes:
+        entries: the inputs.
+        base_model: the slice's own.
+        parameters: of the slice.
+        where: its place in the recipe.
+    """
+
+    entries: tuple[ModelEntry, ...]
+    base_model: ModelRef | None
+    parameters: Parameters
+    where: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A module of the model, or all of it.
+
+    Attributes:
+        module: its name; None: the whole model.
+        slices: what it is put together from, in order.
+        parameters: of the module.
+        where: its place in the recipe.
+    """
+
+    module: str | None
+    slices: tuple[Slice, ...]
+    parameters: Parameters
+    where: str
+
+    @property
+    def sliced(self) -> bool:
+        """True if the recipe says which layers to take."""
+        return self.slices[0].entries[0].layers is not None
 
 
 @dataclass(frozen=True)
@@ -111,7 +160,7 @@ class MergeConfig:
     of methods that draw random numbers; ``roles`` overrule what matrix methods take a tensor for."""
 
     merge_method: str
-    models: tuple[ModelEntry, ...]
+    sections: tuple[Section, ...]
     base_model: ModelRef | None
     parameters: Mapping[str, Parameter]
     dtype: DType | None
@@ -121,6 +170,16 @@ class MergeConfig:
     source: str
     seed: int = 0
     roles: tuple[Override, ...] = ()
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """The slices of all sections."""
+        return tuple(s for section in self.sections for s in section.slices)
+
+    @property
+    def models(self) -> tuple[ModelEntry, ...]:
+        """The entries of all slices."""
+        return tuple(entry for s in self.slices for entry in s.entries)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -222,27 +281,19 @@ def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
     method = data.get("merge_method")
     if not isinstance(method, str):
         raise ConfigError("merge_method: missing; name a method, e.g. task_arithmetic ('seme methods' lists them)")
-    entries = data.get("models")
-    if not isinstance(entries, list) or not entries:
-        what = "missing" if not entries else brief(entries)
-        raise ConfigError(f"models: {what}; expected a list of {{model: PATH, parameters: {{...}}}}")
-    models = tuple(_entry(e, f"models[{i}]") for i, e in enumerate(entries))
-    for i, entry in enumerate(models):
-        for j in range(i):
-            if same_model(entry.ref, models[j].ref):
-                raise ConfigError(f"models[{i}]: {entry.ref} is listed twice, models[{j}] is the same; remove one")
+    sections = _sections(data)
     base = _ref(data["base_model"], "base_model") if data.get("base_model") is not None else None
     compat = data.get("compat")
     if compat not in (None, "mergekit"):
         raise ConfigError(f"compat: {brief(compat)}; the only value is 'mergekit'")
     return MergeConfig(
         merge_method=method,
-        models=models,
+        sections=sections,
         base_model=base,
         parameters=_parameters(data.get("parameters"), "parameters"),
         dtype=_dtype(data.get("dtype"), "dtype"),
         out_dtype=_dtype(data.get("out_dtype"), "out_dtype"),
-        tokenizer_source=_tokenizer(data.get("tokenizer_source"), base, models),
+        tokenizer_source=_tokenizer(data.get("tokenizer_source"), base, sections[0].slices[0].entries),
         compat=compat,
         source=source,
         seed=_seed(data.get("seed")),
@@ -284,13 +335,83 @@ def _check_keys(mapping: Mapping[Any, Any], known: tuple[str, ...], prefix: str)
             raise ConfigError(f"{prefix}{_name(key)}: unknown key{suggest(_name(key), known)}")
 
 
-def _entry(entry: Any, where: str) -> ModelEntry:
+def _sections(data: Mapping[str, Any]) -> tuple[Section, ...]:
+    """``models``, ``slices`` or ``modules``, whichever the recipe has."""
+    modules = data.get("modules")
+    given = [k for k in ("models", "slices", "modules") if data.get(k) not in (None, [], {})]
+    if len(given) > 1:
+        raise ConfigError(f"{given[1]}: {given[0]} is given too; write one of models, slices and modules")
+    if given != ["modules"]:
+        return (Section(None, _slices(data, ""), {}, given[0] if given else "models"),)
+    if not isinstance(modules, Mapping):
+        raise ConfigError(f"modules: {brief(modules)}; expected a mapping {{NAME: {{models: [...]}}}}")
+    found = []
+    for name, value in modules.items():
+        where = f"modules.{_name(name)}"
+        if not isinstance(name, str) or not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected {{models: [...]}} or {{slices: [...]}}, found {brief(value)}")
+        _check_keys(value, ("models", "slices", "parameters"), f"{where}.")
+        if value.get("models") and value.get("slices"):
+            raise ConfigError(f"{where}.slices: models is given too; write one of them")
+        parameters = _parameters(value.get("parameters"), f"{where}.parameters")
+        found.append(Section(name, _slices(value, f"{where}."), parameters, where))
+    return tuple(found)
+
+
+def _slices(data: Mapping[str, Any], prefix: str) -> tuple[Slice, ...]:
+    """The slices under ``slices``, or the one that ``models`` are."""
+    listed = data.get("slices")
+    if listed in (None, []):
+        return (Slice(_entries(data.get("models"), f"{prefix}models", sliced=False), None, {}, f"{prefix}models"),)
+    if not isinstance(listed, list):
+        raise ConfigError(f"{prefix}slices: {brief(listed)}; expected a list of {{sources: [...]}}")
+    found = []
+    for i, value in enumerate(listed):
+        where = f"{prefix}slices[{i}]"
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected {{sources: [...]}}, found {brief(value)}")
+        _check_keys(value, ("sources", "base_model", "residual_weight", "parameters"), f"{where}.")
+        if value.get("residual_weight") is not None:
+            raise ConfigError(f"{where}.residual_weight: no method has a use for it, nor has mergekit; leave it out")
+        entries = _entries(value.get("sources"), f"{where}.sources", sliced=True)
+        for entry in entries:
+            if entry.layers is not None and len(entry.layers) != len(entries[0].layers or ()):
+                raise ConfigError(
+                    f"{entry.where}.layer_range: {len(entry.layers)} layers, {entries[0].where} has "
+                    f"{len(entries[0].layers or ())}; all sources of a slice need as many"
+                )
+        base = _ref(value["base_model"], f"{where}.base_model") if value.get("base_model") is not None else None
+        found.append(Slice(entries, base, _parameters(value.get("parameters"), f"{where}.parameters"), where))
+    return tuple(found)
+
+
+def _entries(listed: Any, where: str, sliced: bool) -> tuple[ModelEntry, ...]:
+    form = "{model: PATH, layer_range: [FIRST, END]}" if sliced else "{model: PATH, parameters: {...}}"
+    if not isinstance(listed, list) or not listed:
+        what = "missing" if not listed else brief(listed)
+        raise ConfigError(f"{where}: {what}; expected a list of {form}")
+    entries = tuple(_entry(e, f"{where}[{i}]", sliced, form) for i, e in enumerate(listed))
+    for i, entry in enumerate(entries):
+        for j in range(i):
+            if same_model(entry.ref, entries[j].ref):
+                raise ConfigError(f"{where}[{i}]: {entry.ref} is listed twice, {where}[{j}] is the same; remove one")
+    return entries
+
+
+def _entry(entry: Any, where: str, sliced: bool, form: str) -> ModelEntry:
     if not isinstance(entry, Mapping) or "model" not in entry:
-        raise ConfigError(f"{where}: expected {{model: PATH, parameters: {{...}}}}, found {brief(entry)}")
-    _check_keys(entry, ("model", "parameters"), f"{where}.")
-    return ModelEntry(
-        _ref(entry["model"], f"{where}.model"), _parameters(entry.get("parameters"), f"{where}.parameters")
-    )
+        raise ConfigError(f"{where}: expected {form}, found {brief(entry)}")
+    _check_keys(entry, ("model", "layer_range", "parameters")[:: 1 if sliced else 2], f"{where}.")
+    layers = _layer_range(entry.get("layer_range"), f"{where}.layer_range") if sliced else None
+    parameters = _parameters(entry.get("parameters"), f"{where}.parameters")
+    return ModelEntry(_ref(entry["model"], f"{where}.model"), parameters, where, layers)
+
+
+def _layer_range(value: Any, where: str) -> range:
+    whole = isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    if not whole or len(value) != 2 or not 0 <= value[0] <= value[1]:
+        raise ConfigError(f"{where}: {brief(value)}; expected [FIRST, END], layers FIRST to END - 1")
+    return range(value[0], value[1])
 
 
 _UNSUPPORTED = {

@@ -50,7 +50,7 @@ def held(plan: Plan, tensor: TensorPlan) -> int:
     workspace = plan.method.workspace
     if workspace is None or tensor.role is None or tensor.copy:
         return 0
-    return workspace(tensor.role, tensor.spec.shape, len(plan.models) - 1, tensor.arguments)
+    return workspace(tensor.role, tensor.spec.shape, plan.inputs - 1, tensor.arguments)
 
 
 def fits(plan: Plan, tensor: TensorPlan, place: Place) -> bool:
@@ -121,6 +121,8 @@ class MatrixEngine:
         self.plan, self.writer, self.place, self.options = plan, writer, place, options
         self.progress = Progress(total=sum(t.spec.numel * t.spec.dtype.itemsize for t in plan.tensors))
         self.report = MergeReport(plan)
+        # What is told of the experts is about the same ones in every slice.
+        self._tells = len({tuple(e.ref for e in part.entries) for part in plan.config.slices}) == 1
         self._made_bases = functools.cache(self._bases)
         rows = options.buffers(place) if place.gpu is None else min(options.buffers(place), rows_memory(place))
         self.context = self._context(place.backend, place.device, rows // 4)
@@ -155,7 +157,7 @@ class MatrixEngine:
         def report(name: str, entry: dict[str, Any]) -> None:
             self._entries.append((name, entry))
 
-        return Context(backend, device, self.options.threads, workspace, self._made_bases, report)
+        return Context(backend, device, self.options.threads, workspace, self._made_bases, report if self._tells else None)
 
     def _run(self) -> None:
         arguments = {t.name: t.arguments for t in self.plan.tensors if not t.copy}

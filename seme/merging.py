@@ -186,9 +186,8 @@ def _copied(plan: Plan) -> list[Path]:
 
 def _write_small_files(plan: Plan, writer: Writer) -> None:
     writer.index()
-    config = plan.models[plan.donor].checkpoint.config
-    if config:
-        writer.json("config.json", with_dtype(config, plan.out_dtype))
+    if plan.model_config:
+        writer.json("config.json", with_dtype(plan.model_config, plan.out_dtype))
     for file in _copied(plan):
         writer.copy(file)
     writer.text("seme_config.yml", plan.config.source.rstrip() + "\n")

@@ -10,19 +10,20 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from seme import dtypes
 from seme.checkpoint import Checkpoint, Layout, ModelRef, check_free, layout, locate, resolve, same_model
-from seme.config import MergeConfig, Parameter, suggest
+from seme.config import MergeConfig, ModelEntry, Parameter, Section, Slice, suggest
 from seme.dtypes import DType
 from seme.errors import CheckpointError, ConfigError, TargetError, brief
 from seme.methods import Group, Method, Param, get
 from seme.ops._op import Spec
 from seme.roles import TensorRole, latent, layer, layers, roles
+from seme.sections import choose, modules, moved, stack, with_layers
 from seme.sizes import format_size
 from seme.sources import Source, StoredTensor
 
@@ -70,13 +71,11 @@ CONFIG_KEYS = (
 
 @dataclass(frozen=True)
 class Model:
-    """An input model: how the recipe names it, its checkpoint, its tensors as they are merged, and the parameters under
-    its entry."""
+    """An input model: how the recipe names it, its checkpoint, its tensors as they are merged."""
 
     ref: ModelRef
     checkpoint: Checkpoint
     tensors: Mapping[str, Source]
-    parameters: Mapping[str, Parameter]
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,7 @@ class Plan:
         method: the merge method.
         models: the inputs, in the recipe's order; an unlisted base model comes last.
         donor: which of them gives config.json and, without ``tokenizer_source``, the tokenizer.
+        model_config: contents of config.json as the output has it, but for the dtype.
         tokenizer: folder the tokenizer files come from.
         tensors: every output tensor, in the order of the donor's files.
         layout: the output's weight files.
@@ -133,6 +133,7 @@ class Plan:
     method: Method
     models: tuple[Model, ...]
     donor: int
+    model_config: Mapping[str, Any]
     tokenizer: Path
     tensors: tuple[TensorPlan, ...]
     layout: Layout
@@ -176,15 +177,11 @@ def make(
         SemeError: the first mistake found in recipe, checkpoints or target.
     """
     method = get(config.merge_method)
-    entries = [(m.ref, m.parameters) for m in config.models]
-    base = None
-    if config.base_model is not None:
-        base = next((i for i, (ref, _) in enumerate(entries) if same_model(ref, config.base_model)), len(entries))
-        if base == len(entries):
-            entries.append((config.base_model, {}))
-    refs = [ref for ref, _ in entries]
-    _check_recipe(config, method, entries, base)
-    tokenizer_of = base or 0 if config.tokenizer_source is None else _position(config.tokenizer_source, refs)
+    sections = _with_base(config)
+    refs = _refs(config, sections)
+    _check_recipe(config, method, sections)
+    donor = _position(config.base_model, refs) if config.base_model is not None else 0
+    tokenizer_of = donor if config.tokenizer_source is None else _tokenizer_position(config.tokenizer_source, refs)
     local = [path for ref in refs if (path := locate(ref)) is not None]
     if target is not None:
         _check_target(target, local, overwrite, recipe)
@@ -193,39 +190,63 @@ def make(
         _check_target(target, paths, overwrite, recipe)
     models: list[Model] = []
     try:
-        for (ref, given), path in zip(entries, paths):
+        for ref, path in zip(refs, paths):
             checkpoint = Checkpoint(path)
-            models.append(Model(ref, checkpoint, stored_tensors(checkpoint), given))
-        return _plan(config, method, tuple(models), base, _folder(paths[tokenizer_of]), target, max_shard)
+            models.append(Model(ref, checkpoint, stored_tensors(checkpoint)))
+        return _plan(config, method, sections, tuple(models), donor, _folder(paths[tokenizer_of]), target, max_shard)
     except BaseException:
         for model in models:
             model.checkpoint.close()
         raise
 
 
+def _with_base(config: MergeConfig) -> tuple[Section, ...]:
+    """The recipe's sections; a base model that is not among the ``models`` of one is its last entry."""
+    base = config.base_model
+    found = []
+    for section in config.sections:
+        entries = section.slices[0].entries
+        if not section.sliced and base is not None and not any(same_model(e.ref, base) for e in entries):
+            added = ModelEntry(base, {}, "base_model")
+            section = replace(section, slices=(replace(section.slices[0], entries=(*entries, added)),))
+        found.append(section)
+    return tuple(found)
+
+
+def _refs(config: MergeConfig, sections: tuple[Section, ...]) -> list[ModelRef]:
+    """Every model of the recipe once, in its order."""
+    found: list[ModelRef] = []
+    listed = [e.ref for section in sections for s in section.slices for e in s.entries]
+    for ref in (*listed, *([config.base_model] if config.base_model is not None else [])):
+        if not any(same_model(ref, other) for other in found):
+            found.append(ref)
+    return found
+
+
+def _position(ref: ModelRef, refs: list[ModelRef]) -> int:
+    return next(i for i, other in enumerate(refs) if same_model(other, ref))
+
+
 def _plan(
     config: MergeConfig,
     method: Method,
+    sections: tuple[Section, ...],
     models: tuple[Model, ...],
-    base: int | None,
+    donor: int,
     tokenizer: Path,
     target: Path | None,
     max_shard: int,
 ) -> Plan:
-    donor = base or 0
-    if method.base == "input":
-        base = None
     notes = _config_notes(models, donor)
-    names = _tensor_names(models, donor, notes)
-    depths = _Layers(names)
-    shapes = {name: sources[donor].shape for name, sources in names.items()}
-    found = roles(models[donor].checkpoint.config, shapes, config.roles) if method.matrix else {}
-    tensors = tuple(
-        _tensor(config, method, models, base, name, sources, depths, found.get(name)) for name, sources in names.items()
-    )
+    targets, model_config = _targets(config, method, sections, models, donor, notes)
+    shapes = {t.name: t.sources[t.lead].shape for t in targets}
+    found = roles(model_config, shapes, config.roles) if method.matrix else {}
+    tensors = tuple(_tensor(config, method, t, found.get(t.name)) for t in targets)
     if method.uses_bases is not None and any(method.uses_bases(t.arguments) for t in tensors if not t.copy):
         latent(models[donor].checkpoint.config, shapes, config.roles)
-    method.asks_for_whole({t.name: t.arguments for t in tensors if not t.copy})
+    whole = method.asks_for_whole({t.name: t.arguments for t in tensors if not t.copy})
+    if whole and any(section.sliced or section.module for section in sections):
+        raise ConfigError("parameters.rule: sequence runs the models as they are; write models, or use rule: project")
     where = layout([(t.name, t.spec.dtype, t.spec.shape) for t in tensors], max_shard)
     if target is not None:
         _check_place(target, sum(where.sizes))
@@ -237,7 +258,124 @@ def _plan(
             weight[t.spec.dtype] += t.spec.numel
     out_dtype = weight.most_common(1)[0][0] if weight else dtypes.float32
     read = sum(s.nbytes for t in tensors for s in t.sources)
-    return Plan(config, method, models, donor, tokenizer, tensors, where, out_dtype, read, tuple(notes))
+    notes = list(dict.fromkeys(notes))
+    return Plan(config, method, models, donor, model_config, tokenizer, tensors, where, out_dtype, read, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a slice takes of a model, by the names in the output; ``own`` has the model's names where they differ."""
+
+    model: Model
+    tensors: Mapping[str, Source]
+    own: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """An output tensor, before its parameters are looked up.
+
+    Attributes:
+        name: in the output.
+        sources: its inputs.
+        own: what the inputs call it.
+        entries: of the recipe, one per input.
+        base: which input is the base of the method.
+        lead: which input says what shape it has, in doubt.
+        scopes: where parameters of all inputs may stand, the nearest first.
+        depth: in [0, 1], for gradients.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    own: tuple[str, ...]
+    entries: tuple[ModelEntry, ...]
+    base: int | None
+    lead: int
+    scopes: tuple[Mapping[str, Parameter], ...]
+    depth: float
+
+
+def _targets(
+    config: MergeConfig,
+    method: Method,
+    sections: tuple[Section, ...],
+    models: tuple[Model, ...],
+    donor: int,
+    notes: list[str],
+) -> tuple[list[_Target], dict[str, Any]]:
+    """Every output tensor, and config.json with the output's layers."""
+    refs = [m.ref for m in models]
+    kinds = [modules(m.tensors) if sections[0].module is not None else {} for m in models]
+    chosen = choose([(s.module, s.where) for s in sections], kinds[donor])
+    model_config = dict(models[donor].checkpoint.config)
+    found: list[_Target] = []
+    for section, module in zip(sections, chosen):
+        start = 0
+        origin: list[tuple[Mapping[str, Any], int]] = []
+        for number, part in enumerate(section.slices):
+            entries, base = part.entries, _base(config, method, part)
+            used = [_position(e.ref, refs) for e in entries]
+            ends = number == 0, number == len(section.slices) - 1
+            views = []
+            for i, entry in zip(used, entries):
+                names = [n for n in models[i].tensors if kinds[i].get(n, "") == module]
+                views.append(_view(models[i], names, entry, section.where, start, ends))
+            lead = _lead(config, part)
+            matched = _tensor_names(views, lead, notes)
+            depths = _Layers(matched)
+            scopes = (part.parameters, section.parameters, config.parameters)
+            for name, sources in matched.items():
+                depth = depths.depth(name)
+                if (span := entries[0].layers) is not None and (place := layer(name)) is not None:
+                    depth = (place[1] - start) / (len(span) - 1) if len(span) > 1 else 1.0
+                own = tuple(v.own.get(name, name) for v in views)
+                found.append(_Target(name, sources, own, entries, base, lead, scopes, depth))
+            span = entries[lead].layers
+            if span is not None:
+                origin += [(models[used[lead]].checkpoint.config, i) for i in span]
+                start += len(span)
+        if section.sliced and origin and model_config:
+            model_config = with_layers(model_config, module, origin)
+    return found, model_config
+
+
+def _base(config: MergeConfig, method: Method, part: Slice) -> int | None:
+    """Which entry of a slice is the base of the method; None if it takes none.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    ref = part.base_model or config.base_model
+    if method.base == "input" or ref is None:
+        return None
+    for i, entry in enumerate(part.entries):
+        if same_model(entry.ref, ref):
+            return i
+    raise ConfigError(
+        f"{part.where}.sources: the base model {ref} is not among them; add it, or name another base_model in the slice"
+    )
+
+
+def _lead(config: MergeConfig, part: Slice) -> int:
+    """Which entry of a slice gives names and order of its tensors: the base model, else the first."""
+    ref = part.base_model or config.base_model
+    return next((i for i, e in enumerate(part.entries) if ref is not None and same_model(e.ref, ref)), 0)
+
+
+def _view(model: Model, names: list[str], entry: ModelEntry, where: str, start: int, ends: tuple[bool, bool]) -> _View:
+    """What a slice, whose first layer has the number ``start`` in the output, takes of these tensors of a model;
+    ``ends``: whether it is the first slice, the last one."""
+    if entry.layers is None:
+        return _View(model, {n: model.tensors[n] for n in names}, {})
+    of = stack(names, where)
+    count = of[1] if of is not None else 0
+    if entry.layers.stop > count:
+        raise ConfigError(
+            f"{entry.where}.layer_range: [{entry.layers.start}, {entry.layers.stop}]; {model.ref} has {count} layers"
+        )
+    own = moved(names, of, entry.layers, start, *ends)
+    return _View(model, {n: model.tensors[o] for n, o in own.items()}, own)
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, Source]:
@@ -250,34 +388,45 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _check_recipe(
-    config: MergeConfig, method: Method, entries: list[tuple[ModelRef, Mapping[str, Parameter]]], base: int | None
-) -> None:
+def _check_recipe(config: MergeConfig, method: Method, sections: tuple[Section, ...]) -> None:
     """Everything that can be said without opening a model."""
-    if method.base == "required" and config.base_model is None:
-        raise ConfigError(f"base_model: missing; {method.name} works relative to it: add base_model: PATH")
-    method.check_inputs(len(entries))
     known = [p.name for p in method.params]
-    for given in (config.parameters, *(entry.parameters for entry in config.models)):
+    shared = [config.parameters]
+    for section in sections:
+        shared += [section.parameters, *(s.parameters for s in section.slices)]
+        for part in section.slices:
+            if method.base == "required" and (part.base_model or config.base_model) is None:
+                raise ConfigError(f"base_model: missing; {method.name} works relative to it: add base_model: PATH")
+            method.check_inputs(len(part.entries), f"{part.where}.sources" if section.sliced else part.where)
+            _base(config, method, part)
+    own = [entry.parameters for section in sections for s in section.slices for entry in s.entries]
+    for given in (*shared, *own):
         for name, parameter in given.items():
             found = method.param(name)
             if found is None:
                 raise ConfigError(f"{parameter.where}: {method.name} has no such parameter{suggest(name, known)}")
-            if found.scope == "shared" and given is not config.parameters:
+            if found.scope == "shared" and not any(given is s for s in shared):
                 raise ConfigError(f"{parameter.where}: shared by all models; move it to the top-level parameters")
             for value in parameter.scalars():
                 found.convert(value, parameter.where)
     for param in method.params:
-        if not param.required or param.name in config.parameters:
-            continue
-        if param.scope == "shared":
-            raise ConfigError(f"parameters.{param.name}: missing; {param.doc}")
-        for i, (ref, parameters) in enumerate(entries):
-            if param.name not in parameters and (param.scope == "model" or method.base == "input" or i != base):
-                raise ConfigError(f"{ref}: {param.name}: missing; {param.doc}")
+        for section in sections:
+            for part in section.slices:
+                scopes = (part.parameters, section.parameters, config.parameters)
+                if param.required and not any(param.name in scope for scope in scopes):
+                    _check_given(param, method, part, _base(config, method, part))
 
 
-def _position(source: ModelRef, refs: list[ModelRef]) -> int:
+def _check_given(param: Param, method: Method, part: Slice, base: int | None) -> None:
+    """Refuse a slice whose entries do not all have a parameter that none of the places for all of them has."""
+    if param.scope == "shared":
+        raise ConfigError(f"parameters.{param.name}: missing; {param.doc}")
+    for i, entry in enumerate(part.entries):
+        if param.name not in entry.parameters and (param.scope == "model" or i != base):
+            raise ConfigError(f"{entry.ref}: {param.name}: missing; {param.doc}")
+
+
+def _tokenizer_position(source: ModelRef, refs: list[ModelRef]) -> int:
     """Which of the models ``tokenizer_source`` names."""
     found = next((i for i, ref in enumerate(refs) if same_model(ref, source)), None)
     if found is None:
@@ -397,41 +546,42 @@ def _ties(model: Model, head: str) -> bool:
     return embedding is not None and _one_memory(model.tensors[head], embedding)
 
 
-def _tensor_names(models: tuple[Model, ...], donor: int, notes: list[str]) -> dict[str, tuple[Source, ...]]:
-    """Every output tensor with its place in each model; nothing is left out without a note or an error."""
-    stored = [dict(m.tensors) for m in models]
+def _tensor_names(views: Sequence[_View], lead: int, notes: list[str]) -> dict[str, tuple[Source, ...]]:
+    """Every output tensor with its source in each model; nothing is left out without a note or an error."""
+    models = [v.model for v in views]
+    stored = [dict(v.tensors) for v in views]
     everywhere = set.intersection(*(set(s) for s in stored))
     for model, tensors in zip(models, stored):
         for name in list(tensors):
             if name not in everywhere and _ends(name, RECOMPUTED):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, transformers computes it")
-            elif _ends(name, HEADS) and _ties(models[donor], name) and _is_copy(model, tensors[name]):
+            elif _ends(name, HEADS) and _ties(models[lead], name) and _is_copy(model, tensors[name]):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, it is the tied input embedding")
-            elif name not in everywhere and (twin := _twin(model, tensors[name], everywhere)):
+            elif name not in everywhere and (twin := _twin(tensors[name], {n: tensors[n] for n in everywhere})):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, it is {twin} again")
     found: dict[str, tuple[Source, ...]] = {}
-    for name in stored[donor]:
-        found[name] = tuple(_find(models, stored, donor, i, name) for i in range(len(models)))
+    for name in stored[lead]:
+        found[name] = tuple(_find(models, stored, lead, i, name) for i in range(len(models)))
     for tensors in stored:
-        extra = [name for name in tensors if name not in stored[donor]]
+        extra = [name for name in tensors if name not in stored[lead]]
         if extra:
             where = tensors[extra[0]].file
             raise CheckpointError(
-                f"{where}: tensor {extra[0]}{_more(extra)} is not in {models[donor].ref}; {SAME_TENSORS}"
+                f"{where}: tensor {extra[0]}{_more(extra)} is not in {models[lead].ref}; {SAME_TENSORS}"
             )
     return found
 
 
-def _twin(model: Model, tensor: Source, names: Iterable[str]) -> str | None:
-    """Which of ``names`` a tensor of a ``.bin`` file is one memory with: it stores tied tensors under every name. What
+def _twin(tensor: Source, others: Mapping[str, Source]) -> str | None:
+    """Which of ``others`` a tensor of a ``.bin`` file is one memory with: it stores tied tensors under every name. What
     a head is tied to is decided elsewhere."""
     if _ends(tensor.name, HEADS):
         return None
-    for name in names:
-        if _one_memory(tensor, model.tensors[name]) and _same_bytes(tensor, model.tensors[name]):
+    for name, other in others.items():
+        if _one_memory(tensor, other) and _same_bytes(tensor, other):
             return name
     return None
 
@@ -440,14 +590,14 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _find(models: tuple[Model, ...], stored: list[dict[str, Source]], donor: int, i: int, name: str) -> Source:
-    wanted = stored[donor][name]
+def _find(models: list[Model], stored: list[dict[str, Source]], lead: int, i: int, name: str) -> Source:
+    wanted = stored[lead][name]
     if name not in stored[i]:
         if _ends(name, HEADS) and _ties(models[i], name):
             embedding = _embedding(models[i], wanted)
             if embedding is not None:
                 return embedding
-        missing = [n for n in stored[donor] if n not in stored[i]]
+        missing = [n for n in stored[lead] if n not in stored[i]]
         raise CheckpointError(
             f"{models[i].ref}: tensor {name}{_more(missing)} is missing, {wanted.file} has it; {SAME_TENSORS}"
         )
@@ -480,16 +630,8 @@ class _Layers:
         return found[1] / last if last else 1.0
 
 
-def _tensor(
-    config: MergeConfig,
-    method: Method,
-    models: tuple[Model, ...],
-    base: int | None,
-    name: str,
-    sources: tuple[Source, ...],
-    layers: _Layers,
-    role: TensorRole | None,
-) -> TensorPlan:
+def _tensor(config: MergeConfig, method: Method, target: _Target, role: TensorRole | None) -> TensorPlan:
+    name, sources, base = target.name, target.sources, target.base
     inputs = tuple(Spec(s.shape, s.dtype) for s in sources)
     merged = [s for s in sources if s.dtype.mergeable]
     if len(merged) < len(sources):
@@ -504,12 +646,16 @@ def _tensor(
     arguments: dict[str, Any] = {}
     for param in method.params:
         if param.scope == "shared":
-            arguments[param.key] = _lookup(param, [config.parameters], name, layers, f"parameters.{param.name}")
+            arguments[param.key] = _lookup(param, target.scopes, name, target.depth, f"parameters.{param.name}")
         else:
-            chosen = range(len(models)) if param.scope == "model" else group.experts
+            chosen = range(len(sources)) if param.scope == "model" else group.experts
             arguments[param.key] = [
                 _lookup(
-                    param, [models[i].parameters, config.parameters], name, layers, f"{models[i].ref}: {param.name}"
+                    param,
+                    (target.entries[i].parameters, *target.scopes),
+                    target.own[i],
+                    target.depth,
+                    f"{target.entries[i].ref}: {param.name}",
                 )
                 for i in chosen
             ]
@@ -519,10 +665,10 @@ def _tensor(
     return TensorPlan(group, sources, arguments, copy=False, unit=unit, role=role, rule=rule)
 
 
-def _lookup(param: Param, scopes: list[Mapping[str, Parameter]], name: str, layers: _Layers, where: str) -> Any:
+def _lookup(param: Param, scopes: Sequence[Mapping[str, Parameter]], name: str, depth: float, where: str) -> Any:
     for scope in scopes:
         if param.name in scope:
-            value = scope[param.name].at(name, layers.depth(name), param.kind)
+            value = scope[param.name].at(name, depth, param.kind)
             if value is not None:
                 return value
     if param.required:

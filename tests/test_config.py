@@ -354,7 +354,51 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed: -1; expected a whole number from 0"),
     ({"seed": True}, "seed: True; expected a whole number from 0"),
     ({"merge_methods": "x"}, "merge_methods: unknown key; did you mean 'merge_method'?"),
-    ({"slices": []}, "slices: unknown key; known: base_model, compat, dtype, merge_method, models,"),
+    ({"slice": []}, "slice: unknown key; did you mean 'slices'?"),
+    ({"slices": [{"sources": []}]}, "slices: models is given too; write one of models, slices and modules"),
+    ({"modules": {"a": {}}, "models": None}, "modules.a.models: missing; expected a list of {model: PATH, "),
+    ({"modules": [1], "models": None}, "modules: [1]; expected a mapping {NAME: {models: [...]}}"),
+    ({"modules": {"a": 1}, "models": None}, "modules.a: expected {models: [...]} or {slices: [...]}, found 1"),
+    ({"modules": {"a": {"model": 1}}, "models": None}, "modules.a.model: unknown key; did you mean 'models'?"),
+    (
+        {"modules": {"a": {"models": MODELS, "slices": [1]}}, "models": None},
+        "modules.a.slices: models is given too; write one of them",
+    ),
+    ({"slices": 1, "models": None}, "slices: 1; expected a list of {sources: [...]}"),
+    ({"slices": [1], "models": None}, "slices[0]: expected {sources: [...]}, found 1"),
+    ({"slices": [{"source": 1}], "models": None}, "slices[0].source: unknown key; did you mean 'sources'?"),
+    ({"slices": [{"sources": []}], "models": None}, "slices[0].sources: missing; expected a list of {model: PATH, lay"),
+    (
+        {"slices": [{"sources": [{"model": "a"}]}], "models": None},
+        "slices[0].sources[0].layer_range: None; expected [FIRST, END], layers FIRST to END - 1",
+    ),
+    (
+        {"slices": [{"sources": [{"model": "a", "layer_range": [2, 1]}]}], "models": None},
+        "slices[0].sources[0].layer_range: [2, 1]; expected [FIRST, END]",
+    ),
+    (
+        {"slices": [{"sources": [{"model": "a", "layer_range": [0, True]}]}], "models": None},
+        "slices[0].sources[0].layer_range: [0, True]; expected [FIRST, END]",
+    ),
+    (
+        {"slices": [{"sources": [{"model": "a", "layer_rang": [0, 1]}]}], "models": None},
+        "slices[0].sources[0].layer_rang: unknown key; did you mean 'layer_range'?",
+    ),
+    (
+        {
+            "slices": [{"sources": [{"model": m, "layer_range": [0, n]} for m, n in (("a", 1), ("b", 2))]}],
+            "models": None,
+        },
+        "slices[0].sources[1].layer_range: 2 layers, slices[0].sources[0] has 1; all sources of a slice need as many",
+    ),
+    (
+        {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}] * 2}], "models": None},
+        "slices[0].sources[1]: a is listed twice, slices[0].sources[0] is the same; remove one",
+    ),
+    (
+        {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}], "residual_weight": 1}], "models": None},
+        "slices[0].residual_weight: no method has a use for it, nor has mergekit; leave it out",
+    ),
     ({"tokenizer": {}}, "tokenizer: unknown key; did you mean 'tokenizer_source'?"),
 ]
 

@@ -120,12 +120,12 @@ class Method:
     whole: Callable[..., dict[str, Any]] | None = None
     asks_for_whole: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda arguments: False
 
-    def check_inputs(self, count: int) -> None:
-        """:class:`ConfigError` if the method does not take that many models."""
+    def check_inputs(self, count: int, where: str = "models") -> None:
+        """:class:`ConfigError`, which begins with ``where``, if the method does not take that many models."""
         least, most = self.min_inputs, self.max_inputs
         if count < least or (most is not None and count > most):
             takes = f"{least} or more" if most is None else str(least) if most == least else f"{least} to {most}"
-            raise ConfigError(f"models: {self.name} takes {takes} models, base included; found {count}")
+            raise ConfigError(f"{where}: {self.name} takes {takes} models, base included; found {count}")
 
     def check_arguments(self, group: Group, arguments: Mapping[str, Any]) -> None:
         """:class:`ConfigError` if a tensor cannot be merged with these arguments."""
