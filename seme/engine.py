@@ -284,7 +284,7 @@ class Engine:
                 if job is None:
                     return
                 task, chunk = job
-                self._chunk(runtime, worker, task, chunk)
+                self._chunk(runtime, worker, task, chunk, TRIES)
                 with self._lock:
                     task.open -= 1
                     last = task.open == 0
@@ -366,7 +366,7 @@ class Engine:
             self.progress.written += written
             self.progress.done += written
 
-    def _chunk(self, runtime: Runtime, worker: int, task: _Task, chunk: Chunk, tries: int = TRIES) -> None:
+    def _chunk(self, runtime: Runtime, worker: int, task: _Task, chunk: Chunk, tries: int) -> None:
         """Process a chunk; where the device has no room for it, one half after the other, and the smallest again."""
         try:
             self._attempt(runtime, worker, task, chunk)

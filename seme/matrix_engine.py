@@ -157,7 +157,9 @@ class MatrixEngine:
         def report(name: str, entry: dict[str, Any]) -> None:
             self._entries.append((name, entry))
 
-        return Context(backend, device, self.options.threads, workspace, self._made_bases, report if self._tells else None)
+        return Context(
+            backend, device, self.options.threads, workspace, self._made_bases, report if self._tells else None
+        )
 
     def _run(self) -> None:
         arguments = {t.name: t.arguments for t in self.plan.tensors if not t.copy}
