@@ -77,7 +77,9 @@ class TestTheBytesOfTheCpu:
         seme.merge(recipe(name), "out", threads=1)
         assert files(Path("out")) == wanted
 
-    def test_where_memory_is_refused_again_and_again(self, name: str, here: Path, use: Callable[..., FakeGpu]) -> None:
+    def test_where_memory_is_refused_again_and_again(
+        self, name: str, here: Path, use: Callable[..., FakeGpu], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Chunks are halved, also while others hold quotas that count on them, until they go through."""
         models()
         wanted = on_cpu(recipe(name))
