@@ -386,7 +386,7 @@ class Engine:
                     "free the device, or use --device cpu"
                 ) from e
         if len(halves) == 1:
-            time.sleep(0.1 * (TRIES - tries))
+            time.sleep(0.05)
             tries -= 1
         for half in halves:
             self._chunk(runtime, worker, task, half, tries)
