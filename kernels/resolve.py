@@ -161,6 +161,30 @@ def resolve_erase_kernel(
         store(residual, row * residual_row + inner * residual_column, rest, inner < width)
 
 
+def nearest(
+    vectors: torch.Tensor, bases: torch.Tensor, k: int, shape: Tiles | None = None, ranges: int | None = None
+) -> torch.Tensor:
+    """The labels [N, k] of the nearest bases, int64, by falling ``|cosine|``.
+
+    `ranges`: how many parts the labels are cut into; by default as many as fill the GPU.
+    """
+    import torch
+
+    (height, width), vocabulary = vectors.shape, bases.shape[0]
+    device = vectors.device
+    chosen = operand_of([vectors], [bases])
+    kept = max(2, triton.next_power_of_2(k))
+    shape = shape or tiles(chosen, device, results=2)  # the candidates lie beside the scores
+    down = triton.cdiv(height, shape.m)
+    ranges = ranges or max(1, min(triton.cdiv(vocabulary, shape.n), 2 * processors(device) // down))
+    lists = vectors.new_empty(height, ranges, kept, dtype=torch.int64)
+    resolve_select_kernel[(down, ranges)](
+        vectors, bases, lists, height, vocabulary, width, ranges, k, *vectors.stride(), *bases.stride(),
+        OPERAND=chosen, K=kept, **shape.options(),
+    )  # fmt: skip
+    return lists.view(height, -1).topk(k).values & LABEL_BITS.value ^ LABEL_BITS.value
+
+
 def launch(
     vectors: torch.Tensor,
     bases: torch.Tensor,
@@ -173,32 +197,18 @@ def launch(
     shape: Tiles | None = None,
     ranges: int | None = None,
 ) -> None:
-    """Writes `labels` int64 [N, k], `coefficients` [N, k] and `residual` [N, d].
-
-    `ranges`: how many parts the labels are cut into for the selection; by default as many as fill the GPU.
-    """
+    """Writes `labels` int64 [N, k], `coefficients` [N, k] and `residual` [N, d]."""
     import torch
 
-    (height, width), vocabulary = vectors.shape, bases.shape[0]
+    height, width = vectors.shape
     if height == 0:
         return
-    device = vectors.device
-    chosen = operand_of([vectors], [bases])
-    kept = max(2, triton.next_power_of_2(k))
-    shape = shape or tiles(chosen, device, results=2)  # the candidates lie beside the scores
-    down = triton.cdiv(height, shape.m)
-    ranges = ranges or max(1, min(triton.cdiv(vocabulary, shape.n), 2 * processors(device) // down))
-    lists = labels.new_empty(height, ranges, kept)
-    resolve_select_kernel[(down, ranges)](
-        vectors, bases, lists, height, vocabulary, width, ranges, k, *vectors.stride(), *bases.stride(),
-        OPERAND=chosen, K=kept, **shape.options(),
-    )  # fmt: skip
-    found = lists.view(height, -1).topk(k).values & LABEL_BITS.value ^ LABEL_BITS.value
+    found = nearest(vectors, bases, k, shape, ranges)
     labels.copy_(found)
-    side = max(16, kept)
+    side = max(16, triton.next_power_of_2(k))
     depth = 32 if DOT_TAKES_FLOAT64.value else FLOAT64_TERMS // side**2
     resolve_erase_kernel[(height,)](
-        vectors, bases, found, table([dependent], torch.float64, device), coefficients, residual, width, k,
+        vectors, bases, found, table([dependent], torch.float64, vectors.device), coefficients, residual, width, k,
         *vectors.stride(), *bases.stride(), *coefficients.stride(), *residual.stride(),
         K=side, BLOCK_K=depth, num_warps=4 if side <= 32 else 8, enable_fp_fusion=False,
     )  # fmt: skip

@@ -195,27 +195,34 @@ def resolve(
     dependent: float,
     ranges: int | None = None,
 ) -> None:
-    """Writes ``labels``, ``coefficients`` and ``residual``; ``csrc/cuda/resolve.cu``.
+    """Writes ``labels``, ``coefficients`` and ``residual``; ``csrc/cuda/resolve.cu``."""
+    import torch
+
+    if vectors.shape[0] == 0:
+        return
+    vectors, bases = _contiguous(vectors, bases)
+    shape = (*vectors.shape, bases.shape[0])
+    found = nearest(vectors, bases, k, ranges)
+    solved = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (coefficients, residual)]
+    _matrix("resolve_erase", vectors, bases, shape, found, k, dependent, *solved)
+    for out, value in zip((labels, coefficients, residual), (found, *solved)):
+        out.copy_(value)
+
+
+def nearest(vectors: torch.Tensor, bases: torch.Tensor, k: int, ranges: int | None = None) -> torch.Tensor:
+    """The labels [N, k] of the nearest bases, int64, by falling ``|cosine|``; contiguous operands.
 
     The labels are cut into ``ranges`` parts that are searched at the same time, by default as many as fill the GPU.
     """
     import torch
 
     count, vocabulary = vectors.shape[0], bases.shape[0]
-    if count == 0:
-        return
-    vectors, bases = _contiguous(vectors, bases)
-    shape = (*vectors.shape, vocabulary)
     if ranges is None:
         processors = torch.cuda.get_device_properties(vectors.device).multi_processor_count
         ranges = max(1, min(-(-vocabulary // 64), 2 * processors // -(-count // 64)))
     best = torch.empty(count, ranges, k, dtype=torch.int64, device=vectors.device)
-    _matrix("resolve_select", vectors, bases, shape, k, ranges, best)
-    found = 0xFFFFFFFF - (best.view(count, -1).topk(k).values & 0xFFFFFFFF)
-    solved = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (coefficients, residual)]
-    _matrix("resolve_erase", vectors, bases, shape, found, k, dependent, *solved)
-    for out, value in zip((labels, coefficients, residual), (found, *solved)):
-        out.copy_(value)
+    _matrix("resolve_select", vectors, bases, (*vectors.shape, vocabulary), k, ranges, best)
+    return 0xFFFFFFFF - (best.view(count, -1).topk(k).values & 0xFFFFFFFF)
 
 
 def _contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
