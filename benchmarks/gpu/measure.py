@@ -1,43 +1,43 @@
-"""The GPU kernels one by one, Triton and CUDA C++, against torch's copy on the same GPU and against plain torch.
+"""The element-wise kernels on a GPU one by one, Triton and CUDA C++, against a copy there and against plain torch.
 
-The kernels with matrix products are in ``benchmarks.gpu.matrix``, and are measured by this program too.
+The cases are those of ``benchmarks.ops``: an op can do no better than read each input once and write its output once,
+at the bandwidth of a copy, and GB/s counts exactly those bytes. One more is a whole method: TIES with its exact
+threshold, from the histogram to the output, which has to read everything twice.
 
-``benchmarks/gpu/run.sh`` builds, tests and then runs this; ``python -m benchmarks.gpu.measure --dry-run`` only says
-what would be measured and needs no GPU. The cases are those of ``benchmarks.ops``: an op can do no better than read
-each input once and write its output once, at the bandwidth of a copy, and GB/s counts exactly those bytes.
-
-Times are those of CUDA events, so of the GPU alone. Before each sample a copy is queued, for two reasons: it keeps
-the GPU busy until the whole sample is queued, and it leaves nothing of the inputs in the L2 cache.
+``benchmarks/gpu/run.sh ops`` runs this; ``python -m benchmarks.gpu.measure --dry-run`` only says what would be
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import shutil
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+import seme
 from benchmarks.checkpoints import BASE_STD, CHANGED, TUNED_STD
-from benchmarks.common import GIB, MIB, RESULTS, Results, provenance, summarize, table
-from benchmarks.gpu import matrix
-from benchmarks.ops import Case, Tensors, cases, threshold
-
-ABOUT = {
-    "bytes": "what the op must move at least: each input once, the output once (reductions: only the inputs)",
-    "seconds": "between two CUDA events, by provider: copy (torch's copy_ of one tensor), triton, cuda, torch",
-    "gb_per_s": "bytes / median seconds / 1e9; for the copy: bytes read + bytes written",
-    "of_copy": "median GB/s of a provider / median GB/s of the copy in the same rounds",
-    "torch_over": "median seconds of plain torch, one operation after the other / median seconds of the provider",
-}
-
-ABOUT |= {name: text for name, text in matrix.ABOUT.items() if name not in ABOUT}
+from benchmarks.common import MIB, table
+from benchmarks.gpu.device import Device, Part, brief, judged
+from benchmarks.ops import DENSITY, WEIGHTS, Case, Tensors, cases, threshold, torch_ties
 
 ELEMENTS = 256 * MIB
-BACKENDS = ("triton", "cuda")
+SMALL = 65537
+"""Elements of the call that is compared with the reference."""
+SMOKE = 1030
+SECONDS = 1.5
+"""Of a case, after which no round begins."""
+COPY, THRESHOLD = 0.85, 0.6
+WHOLE = "TIES 1+3, exact threshold"
+
+
+def goal(name: str) -> float:
+    """The share of the copy's bandwidth that a case should reach: less where a threshold is found or cut exactly."""
+    exact = name.endswith(("quota", "threshold")) or name.startswith(
+        ("magnitude_histogram", "tie_counts", "trimmed_l1")
+    )
+    return THRESHOLD if exact else COPY
 
 
 def make_tensors(elements: int, device: str) -> Tensors:
@@ -52,151 +52,122 @@ def make_tensors(elements: int, device: str) -> Tensors:
     return tensors
 
 
-def verify(case: Case, tensors: Tensors, backend: str) -> None:
-    """The kernel gives the bits that torch gives on the CPU: no number without a right result."""
-    few = [t[:65537] for t in tensors[: case.inputs]]
+class Whole(Case):
+    """The method TIES on one tensor: the inputs are read for the threshold, and again for the output."""
+
+    def bytes(self, elements: int) -> int:
+        """Bytes that must be moved, bfloat16."""
+        return 2 * elements * (2 * self.inputs + 1)
+
+
+def exact_ties(tensors: Tensors, *, backend: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """TIES at the density whose threshold the other cases use; ``out`` is not used: the method makes its own."""
+    models = [{"w": t} for t in tensors]
+    parameters = {"weight": list(WEIGHTS), "density": DENSITY}
+    return seme.merge_state_dicts(models, "ties", base=0, parameters=parameters, dtype=torch.bfloat16, backend=backend)[
+        "w"
+    ]
+
+
+def all_cases(key: int) -> dict[str, Case]:
+    """Those of ``benchmarks.ops``, and the whole method."""
+    return cases(key) | {WHOLE: Whole(4, True, exact_ties, lambda t: torch_ties(t, key))}
+
+
+def verify(case: Case, tensors: Tensors, backend: str) -> int:
+    """How many results of a small call have other bits than those of plain torch on the CPU."""
+    few = [t[:SMALL] for t in tensors[: case.inputs]]
     ours, reference = case.seme(few, backend=backend).cpu(), case.seme([t.cpu() for t in few], backend="torch")
-    if not torch.equal(ours, reference):
-        wrong = int((ours != reference).sum())
-        raise AssertionError(f"{backend}: {wrong} of {ours.numel()} results differ from the reference")
+    return int((ours != reference).sum())
 
 
-def queue(call: Callable[[], object], before: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """Queues `before` and `call`; the events before and after the call."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    before()
-    start.record()
-    call()
-    end.record()
-    return start, end
-
-
-def measure(case: Case, tensors: Tensors, rounds: int, backends: Sequence[str]) -> dict[str, Any]:
-    """All providers in turns, after two rounds that do not count; an entry of the results file."""
+def measure(device: Device, case: Case, goal: float, tensors: Tensors, rounds: int, backends: Sequence[str]) -> Any:
+    """All providers in turns; an entry of the results file."""
     elements = len(tensors[0])
     tensors = tensors[: case.inputs]
-    target, other = torch.empty_like(tensors[0]), torch.empty_like(tensors[0])
+    target = torch.empty_like(tensors[0])
     out = {"out": torch.empty_like(tensors[0])} if case.writes else {}
+    checked, failed = {}, {}
+    for backend in backends:
+        try:
+            checked[backend] = verify(case, tensors, backend)
+        except Exception as e:
+            failed[backend] = brief(e)
+            continue
+        if checked[backend]:
+            failed[backend] = f"{checked[backend]} results differ from the reference"
+    right = [b for b in backends if b not in failed]
     calls: dict[str, Callable[[], object]] = {
         "copy": lambda: target.copy_(tensors[0]),
-        **{backend: lambda backend=backend: case.seme(tensors, backend=backend, **out) for backend in backends},
+        **{backend: lambda backend=backend: case.seme(tensors, backend=backend, **out) for backend in right},
         "torch": lambda: case.torch(tensors),
     }
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(-2, rounds):
-        events = {name: queue(call, lambda: other.copy_(target)) for name, call in calls.items()}
-        torch.cuda.synchronize()
-        if number >= 0:
-            for name, (start, end) in events.items():
-                samples[name].append(round(start.elapsed_time(end) / 1e3, 9))
-    stats = {name: summarize(times) for name, times in samples.items()}
+    calls, more = device.working(calls)
+    failed |= more
+    stats, samples = device.in_turns(calls, rounds, SECONDS)
     moved = {name: 4 * elements if name == "copy" else case.bytes(elements) for name in stats}
     speed = {name: moved[name] / stats[name]["median"] / 1e9 for name in stats}
+    ours = [b for b in right if b in calls]
     return {
+        "goal": goal,
         "elements": elements,
         "bytes": case.bytes(elements),
+        "checked": checked,
+        **({"failed": failed} if failed else {}),
         "seconds": stats,
         "gb_per_s": speed,
-        "of_copy": {backend: speed[backend] / speed["copy"] for backend in backends},
-        "torch_over": {backend: stats["torch"]["median"] / stats[backend]["median"] for backend in backends},
+        "of_copy": {backend: speed[backend] / speed["copy"] for backend in ours},
+        "torch_over": {b: stats["torch"]["median"] / stats[b]["median"] for b in ours if "torch" in stats},
+        "peak_mib": {name: device.peak(call) for name, call in calls.items() if name != "copy"},
         "samples": samples,
     }
 
 
-def gpu() -> dict[str, Any]:
-    """What the numbers were measured on: the current CUDA device and its driver."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gib": round(properties.total_memory / GIB, 1),
-        "multiprocessors": properties.multi_processor_count,
-        "l2_mib": round(properties.L2_cache_size / MIB, 1),
-        "driver": line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-    }
-
-
-def line(command: Sequence[str]) -> str | None:
-    """The last line a command prints; None if it is not there or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 and done.stdout.strip() else None
-
-
-def run_of(commit: str | None) -> dict[str, Any]:
-    """Provenance of this run, with the GPU and what compiled for it."""
-    import triton
-
-    run = provenance()
-    if commit:
-        run.update(commit=commit, dirty=None)
-    run["versions"] |= {"triton": triton.__version__, "cuda": torch.version.cuda, "nvcc": line(["nvcc", "--version"])}
-    run["machine"]["gpu"] = gpu()
-    return run
-
-
-def report(entries: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of entries of the results file."""
-    backends = list(next(iter(entries.values()))["of_copy"]) if entries else []
-    header = ["op, tensors", *(f"{b} us" for b in (*backends, "torch")), *(f"{b} GB/s" for b in (*backends, "copy"))]
+def report(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table of entries of the results file; an entry that failed has no row."""
+    found = {name: e for name, e in entries.items() if "of_copy" in e}
+    backends = list(dict.fromkeys(b for e in found.values() for b in e["of_copy"]))
     rows = []
-    for name, entry in entries.items():
+    for name, entry in found.items():
         times, speed = entry["seconds"], entry["gb_per_s"]
-        rows.append([name, *(f"{times[k]['median'] * 1e6:.0f}" for k in (*backends, "torch"))])
-        rows[-1] += [f"{speed[k]:.0f}" for k in (*backends, "copy")]
-        rows[-1] += [f"{entry['of_copy'][k]:.2f}" for k in backends]
-    return table([*header, *(f"{b} of copy" for b in backends)], rows)
+
+        def cells(values: Mapping[str, Any], names: Sequence[str], style: Callable[[Any], str]) -> list[str]:
+            return [style(values[n]) if n in values else "-" for n in names]
+
+        row = [name, *cells(times, ("copy", *backends, "torch"), lambda s: f"{s['median'] * 1e6:.0f}")]
+        row += cells(speed, ("copy", *backends), lambda s: f"{s:.0f}")
+        row += cells(entry["of_copy"], backends, lambda x, e=entry: judged(x, e["goal"]))
+        rows.append([*row, *cells(entry["peak_mib"], backends, lambda x: f"{x:.0f}"), f"{entry['goal']:.2f}"])
+    header = ["op, tensors", *(f"{p} us" for p in ("copy", *backends, "torch"))]
+    header += [*(f"{p} GB/s" for p in ("copy", *backends)), *(f"{b} of copy" for b in backends)]
+    return table([*header, *(f"{b} MiB" for b in backends), "goal"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measure", description="time the GPU kernels")
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="beginnings of names; default: all")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
-    parser.add_argument("--elements", type=int, default=ELEMENTS, help="per tensor; more than the L2 cache holds")
-    parser.add_argument("--width", type=int, default=4096, help="rows and columns of the weights in matrix products")
-    parser.add_argument("--labels", type=int, default=32000, help="bases in matrix products")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--name", help="results go to benchmarks/results/gpu-NAME.json; default: the GPU's name")
-    parser.add_argument("--commit", help="commit to write down, where there is no git repository")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be measured; needs no GPU")
-    options = parser.parse_args(arguments)
-
-    def chosen(found: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in found.items() if not options.cases or k.startswith(tuple(options.cases))}
-
-    if options.dry_run:
-        rows = [[k, str(v.inputs), f"{v.bytes(options.elements) / 1e6:.0f}"] for k, v in chosen(cases(0)).items()]
-        print(table(["op, tensors", "inputs", "MB"], rows))
-        found = chosen(matrix.sizes(options.width, options.labels).products())
-        rows = [[k, f"{2 * m * n * p / 1e12:.2f}", str(dtype)] for k, (_, (m, n, p), dtype) in found.items()]
-        print(table(["op, tensors", "Tflop", "product"], rows))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measure", description="time element-wise kernels")
+    parser.add_argument("--elements", type=int, help=f"per tensor; default {ELEMENTS}, more than the L2 cache holds")
+    parser.add_argument("--rounds", type=int, help="samples of each provider; default 50")
+    part = Part("ops", parser, arguments)
+    smoke = part.device.smoke
+    elements = part.options.elements or (SMOKE if smoke else ELEMENTS)
+    rounds = part.options.rounds or (1 if smoke else 50)
+    if part.options.dry_run:
+        found = {k: v for k, v in all_cases(0).items() if part.chosen(k)}
+        rows = [[k, str(v.inputs), f"{v.bytes(elements) / 1e6:.0f}", f"{goal(k):.2f}"] for k, v in found.items()]
+        print(table(["op, tensors", "inputs", "MB", "goal, of copy"], rows))
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.gpu.measure: no CUDA GPU here; --dry-run says what would be measured")
-    tensors = make_tensors(options.elements, "cuda")
-    run = run_of(options.commit)
-    name = options.name or re.sub(
-        r"[^a-z0-9]+", "-", run["machine"]["gpu"]["name"].lower().replace("nvidia", "")
-    ).strip("-")
-    results = Results(RESULTS / f"gpu-{name}.json", run, ABOUT)
-    entries = {}
-    for key, case in chosen(cases(threshold(tensors))).items():
-        for backend in options.backends:
-            verify(case, tensors, backend)
-        entries[key] = measure(case, tensors, options.rounds, options.backends)
-        results.put(key, entries[key])
-    print(report(entries))
-    models = [t[: options.width**2].view(options.width, options.width) for t in tensors]
-    products = {}
-    for key, product in chosen(matrix.cases(models, options.labels)).items():
-        for backend in matrix.backends_of(product.op, options.backends):
-            matrix.verify(product.op, backend)
-        products[key] = matrix.measure(product, options.rounds, options.backends, queue)
-        results.put(key, products[key])
-    print(matrix.report(products))
-    print(f"{results.path}: {run['machine']['gpu']['name']}, torch {torch.__version__}, {run['versions']['nvcc']}")
+    part.open()
+    tensors = make_tensors(elements, part.device.name)
+    for name, case in all_cases(threshold(tensors)).items():
+        if part.chosen(name):
+
+            def make(case: Case = case, name: str = name) -> dict[str, Any]:
+                return measure(part.device, case, goal(name), tensors, rounds, part.usable())
+
+            part.measure(name, make)
+    print(report(part.entries))
+    part.close()
 
 
 if __name__ == "__main__":
