@@ -101,7 +101,7 @@ SIZES = {
 }
 
 
-class _Pools:
+class Pools:
     """One pool of random weights per model; the pool of a fine-tune is that of the base with noise added."""
 
     def __init__(self, fine_tunes: int, seed: int) -> None:
@@ -140,11 +140,10 @@ def _shards(tensors: dict[str, tuple[int, ...]], count: int) -> list[dict[str, t
     return files
 
 
-def write(folder: Path, size: str, model: int, pools: _Pools) -> None:
+def write(folder: Path, llama: Llama, model: int, pools: Pools) -> None:
     """Write one model into a new folder; model 0 is the base."""
     import torch
 
-    llama = SIZES[size]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(llama.config(), indent=2))
     shards = _shards(llama.tensors(), SHARDS)
@@ -177,7 +176,7 @@ def names(fine_tunes: int) -> list[str]:
 
 def make(folder: Path, size: str, fine_tunes: int, seed: int = 0) -> list[Path]:
     """Write a base and its fine-tunes below ``folder``; on any error nothing of them is left."""
-    pools = _Pools(fine_tunes, seed)
+    pools = Pools(fine_tunes, seed)
     paths = [folder / name for name in names(fine_tunes)]
     made: list[Path] = []
     try:
@@ -185,7 +184,7 @@ def make(folder: Path, size: str, fine_tunes: int, seed: int = 0) -> list[Path]:
             if path.exists():
                 raise FileExistsError(f"{path} exists; remove it first")
             made.append(path)
-            write(path, size, model, pools)
+            write(path, SIZES[size], model, pools)
     except BaseException:
         for path in made:
             shutil.rmtree(path, ignore_errors=True)
