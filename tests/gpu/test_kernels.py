@@ -1,182 +1,207 @@
-"""On a GPU: Triton and CUDA C++ give the bytes of the CPU kernels, for every op, dtype, size and view.
-
-Those with matrix products are within their error bound, and give the same bytes every time.
-"""
+"""Triton and CUDA C++ give the bytes of the CPU kernels, for every element-wise op, dtype, size, view and stream."""
 
 import pytest
 import torch
 
 from seme import dtypes, native
+from seme.errors import BackendError
 from seme.ops._op import Spec
-from seme.ops._registry import MATRIX_OPS, OPS
-from tests.kernels.cases import DTYPES, calls, check_bits, make_tensors
-from tests.kernels.matrix import check_low, launch, resolved
-from tests.ops import matrix_cases, test_matrix
+from seme.ops._registry import OPS
+from tests.kernels.cases import DTYPES, GUARD, calls, check_bits, guarded, make_tensors, output
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-BACKENDS = ("triton", "cuda")
+from .device import DEVICE, chosen, needs_gpu, needs_memory, needs_two
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, in the interpreter
+
+# Multiples of 16 are compiled apart from others, and 1 from both.
+SIZES = chosen((0, 1, 7, 63, 1023, 8191, 8192, 8193, 65536, 65537, 1_000_003), (1, 63))
+SOME = chosen(tuple(DTYPES), ("mixed-in-bf16",))
+# The interpreter takes a second for a block of these.
+QUICK = chosen(tuple(OPS), tuple(n for n in OPS if n not in ("trimmed_l1", "inner_products")))
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "cuda" and native.why_not("_C_cuda") is not None:
-        pytest.skip(f"seme._C_cuda: {native.why_not('_C_cuda')}")
-    return request.param
+def keywords(name, arguments, compute):
+    """The arguments of the op, with its compute dtype if it has one."""
+    return arguments if name == "nonfinite" else {**arguments, "compute_dtype": compute.to_torch()}
 
 
 def compare(name, backend, tensors, arguments, compute):
+    """The bits of the CPU kernel, into poisoned memory with guards around it."""
     op = OPS[name]
     specs = [Spec(tuple(t.shape), dtypes.from_torch(t.dtype)) for t in tensors]
     params = op.check(specs, compute_dtype=compute, **arguments)
     result = op.result(specs, params)
     params.pop("out_dtype", None)
-    poison = 0 if op.accumulates else float("nan")
-    on_cpu = torch.full(result.shape, poison, dtype=result.dtype.to_torch())
+    on_cpu = torch.zeros(result.shape, dtype=result.dtype.to_torch())
     op.run(tensors, on_cpu, "cpu", 1, dict(params))
-    on_gpu = torch.full(result.shape, poison, dtype=result.dtype.to_torch(), device="cuda")
-    op.run([t.cuda() for t in tensors], on_gpu, backend, 0, dict(params))
-    check_bits(on_gpu.cpu().reshape(-1), on_cpu.reshape(-1))
+    memory = output(op, result).to(DEVICE)
+    inside = memory[GUARD:-GUARD].view(result.shape)
+    op.run([t.to(DEVICE) for t in tensors], inside, backend, 0, dict(params))
+    check_bits(memory.cpu(), guarded(op, on_cpu))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SOME)
 @pytest.mark.parametrize("name", OPS)
 def test_bits(name, dtype, backend):
     stored, compute = DTYPES[dtype]
-    for numel in (0, 1, 7, 63, 1023, 8191, 8193, 65537, 1_000_003):
+    for numel in SIZES:
         tensors = make_tensors(name, numel, stored)
-        for chosen, arguments in calls(name, tensors, compute):
-            compare(name, backend, chosen, arguments, compute)
+        for some, arguments in calls(name, tensors, compute):
+            compare(name, backend, some, arguments, compute)
 
 
-@pytest.mark.parametrize("offset", [1, 2, 3, 5])
+@pytest.mark.sanitize
+@pytest.mark.parametrize("numel", chosen((8193,), (7,)))
 @pytest.mark.parametrize("name", OPS)
+def test_memory(name, numel, backend):
+    """Short, for compute-sanitizer: ends of blocks, no more and no less."""
+    stored, compute = DTYPES["mixed-in-bf16"]
+    tensors = make_tensors(name, numel, stored)
+    some, arguments = calls(name, tensors, compute)[-1]
+    compare(name, backend, some, arguments, compute)
+
+
+@pytest.mark.parametrize("offset", chosen((1, 2, 3, 5), (3,)))
+@pytest.mark.parametrize("name", QUICK)
 def test_unaligned_views(name, offset, backend):
     op, (stored, compute) = OPS[name], DTYPES["mixed-in-bf16"]
-    whole = [t.cuda() for t in make_tensors(name, 20011, stored)]
-    views = [t[offset : offset + 20000] for t in whole]
+    numel = chosen(20000, 70)
+    whole = [t.to(DEVICE) for t in make_tensors(name, numel + 11, stored)]
+    views = [t[offset : offset + numel] for t in whole]
     copies = [v.cpu() for v in views]
-    for chosen, arguments in calls(name, copies, compute):
-        keywords = {**arguments, "compute_dtype": compute.to_torch()} if name != "nonfinite" else arguments
-        found = op(views[: len(chosen)], backend=backend, **keywords)
-        check_bits(found.cpu().reshape(-1), op(chosen, backend="cpu", **keywords).reshape(-1))
+    for some, arguments in calls(name, copies, compute):
+        given = keywords(name, arguments, compute)
+        found = op(views[: len(some)], backend=backend, **given)
+        check_bits(found.cpu().reshape(-1), op(some, backend="cpu", **given).reshape(-1))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_strided_views(name, backend):
+    """Transposed and stepped inputs, and an output that is transposed."""
+    op, (stored, compute) = OPS[name], DTYPES["mixed-in-bf16"]
+    rows, columns = chosen((300, 70), (9, 8))
+    wide = [t.view(columns, rows).to(DEVICE) for t in make_tensors(name, rows * columns, stored)]
+    views = [t.t()[1::2, 3:] for t in wide]
+    copies = [v.cpu().contiguous() for v in views]
+    some, arguments = calls(name, copies, compute)[-1]
+    given = keywords(name, arguments, compute)
+    expected = op(some, backend="cpu", **given)
+    views = views[: len(some)]
+    check_bits(op(views, backend=backend, **given).cpu().contiguous(), expected)
+    if expected.shape == views[0].shape:
+        out = torch.full(expected.shape[::-1], float("nan"), dtype=expected.dtype, device=DEVICE).t()
+        op(views, backend=backend, out=out, **given)
+        check_bits(out.cpu().contiguous(), expected)
+
+
+@pytest.mark.parametrize("out_dtype", dtypes.MERGEABLE, ids=str)
+def test_output_dtypes(out_dtype, backend):
+    """An output of any dtype, in memory that is not aligned."""
+    tensors = make_tensors("weighted_sum", chosen(65537, 63), (dtypes.float64,))
+    call = {"weights": [1.0, -0.5, 0.3, 2.0], "divisor": 3.0, "compute_dtype": torch.float32}
+    expected = torch.empty(tensors[0].shape, dtype=out_dtype.to_torch())
+    OPS["weighted_sum"](tensors, out=expected, backend="cpu", **call)
+    for offset in (0, 1):
+        out = torch.full((len(expected) + offset,), 7.0, dtype=expected.dtype, device=DEVICE)[offset:]
+        OPS["weighted_sum"]([t.to(DEVICE) for t in tensors], out=out, backend=backend, **call)
+        check_bits(out.cpu(), expected)
+
+
+def test_in_place(backend):
+    for name in ("weighted_sum", "task_vector_sum"):
+        tensors = make_tensors(name, chosen(8193, 63), DTYPES["f32"][0])
+        _, arguments = calls(name, tensors, DTYPES["f32"][1])[-1]
+        expected = OPS[name](tensors, backend="cpu", **arguments)
+        on_gpu = [t.to(DEVICE, copy=True) for t in tensors]
+        OPS[name](on_gpu, backend=backend, out=on_gpu[1], **arguments)
+        check_bits(on_gpu[1].cpu(), expected)
+
+
+@pytest.mark.parametrize("count", chosen((1, 2, 8, 32), (1, 5)))
+def test_many_inputs(count, backend):
+    tensors = make_tensors("weighted_sum", chosen(8193, 31), DTYPES["bf16"][0], count)
+    weights = [0.1 * i - 0.3 for i in range(count)]
+    found = OPS["weighted_sum"]([t.to(DEVICE) for t in tensors], weights=weights, backend=backend)
+    check_bits(found.cpu(), OPS["weighted_sum"](tensors, weights=weights, backend="cpu"))
+
+
+def test_calls_that_nobody_waits_for(backend):
+    """The numbers of a call go to the GPU through memory that is used again: not before it has been read."""
+    tensors = make_tensors("ties", chosen(1 << 20, 63), DTYPES["bf16"][0])
+    _, arguments = calls("ties", tensors, DTYPES["bf16"][1])[1]
+    on_gpu = [t.to(DEVICE) for t in tensors]
+    given = [{**arguments, "scale": 0.01 * i, "weights": [0.1 * i, 1.0, -0.2]} for i in range(chosen(40, 3))]
+    found = [OPS["ties"](on_gpu, backend=backend, **g) for g in given]
+    for one, g in zip(found, given):
+        check_bits(one.cpu(), OPS["ties"](tensors, backend="cpu", **g))
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", OPS)
+def test_on_another_stream(name, backend):
+    """Kernels run on the current stream: behind what makes their inputs, which here takes a while."""
+    stored, compute = DTYPES["bf16"]
+    tensors = make_tensors(name, 65537, stored)
+    some, arguments = calls(name, tensors, compute)[-1]
+    given = keywords(name, arguments, compute)
+    expected = OPS[name](some, backend="cpu", **given)
+    OPS[name]([t.cuda() for t in some], backend=backend, **given)  # compiled
+    stream = torch.cuda.Stream()
+    sources = [t.cuda() for t in some]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        targets = [torch.full_like(t, 3.0) for t in sources]
+        torch.cuda._sleep(100_000_000)
+        for target, source in zip(targets, sources):
+            target.copy_(source)
+        found = OPS[name](targets, backend=backend, **given)
+    stream.synchronize()
+    check_bits(found.cpu().reshape(-1), expected.reshape(-1))
+
+
+@needs_two
+@pytest.mark.parametrize("name", OPS)
+def test_on_another_gpu(name, backend):
+    """On the device of the tensors, whichever is the current one."""
+    stored, compute = DTYPES["bf16"]
+    some, arguments = calls(name, make_tensors(name, 8193, stored), compute)[-1]
+    given = keywords(name, arguments, compute)
+    found = OPS[name]([t.to("cuda:1") for t in some], backend=backend, **given)
+    assert found.device == torch.device("cuda:1")
+    check_bits(found.cpu().reshape(-1), OPS[name](some, backend="cpu", **given).reshape(-1))
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", QUICK)
 def test_more_than_two_to_the_31_elements(name, backend):
-    """2^31 zeros, and after them elements whose offsets do not fit 32 bits."""
-    zeros, more, (stored, compute) = 2**31, 4099, DTYPES["bf16"]
-    if torch.cuda.mem_get_info()[0] < 40e9:
-        pytest.skip("needs 40 GB of free GPU memory")
-    tail = make_tensors(name, more, stored)
+    """Zeros, and after them elements whose offsets do not fit 32 bits: 13 GB at most."""
+    zeros, more, (stored, compute) = chosen(2**31, 2**13), chosen(4099, 63), DTYPES["bf16"]
+    needs_memory(24)
+    tail = make_tensors(name, more, stored, count=2)
     tail, arguments = calls(name, tail, compute)[0 if name in ("nonfinite", "magnitude_histogram", "tie_counts") else 1]
-    tensors = [torch.zeros(zeros + more, dtype=t.dtype, device="cuda") for t in tail]
+    tensors = [torch.zeros(zeros + more, dtype=t.dtype, device=DEVICE) for t in tail]
     for tensor, end in zip(tensors, tail):
-        tensor[zeros:] = end.cuda()
-    keywords = {**arguments, "compute_dtype": compute.to_torch()} if name != "nonfinite" else arguments
-    found = OPS[name](tensors, backend=backend, **keywords)
-    expected = OPS[name](tail, backend="cpu", **keywords)
+        tensor[zeros:] = end.to(DEVICE)
+    given = keywords(name, arguments, compute)
+    found = OPS[name](tensors, backend=backend, **given)
+    del tensors, tensor
+    expected = OPS[name](tail, backend="cpu", **given)
     if name == "magnitude_histogram":
         expected[:, 0] += zeros
     elif not OPS[name].accumulates:
         before = len(found) - len(expected)  # elements, or blocks
+        assert before == (zeros // native.BLOCK if OPS[name].ordered else zeros)
         assert not found[:before].count_nonzero()
         found = found[before:]
     check_bits(found.cpu().reshape(-1), expected.reshape(-1))
 
 
-# The kernels with matrix products: the bounds of the interpreter's tests, on the tiles that a GPU really gets.
-
-SIZES = ((65, 63, 129), (257, 192, 515), (129, 515, 1031), (1, 1, 1))
-
-
-def to_gpu(case):
-    """The same call on CUDA tensors of the same strides."""
-
-    def moved(t):
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").copy_(t)
-
-    operands = [[moved(t) for t in o] if isinstance(o, list) else moved(o) for o in case.operands]
-    return matrix_cases.Case(case.op, operands, case.arguments)
-
-
-def run_matrix(case, backend):
-    if backend == "cuda" and not case.op.cuda:
-        pytest.skip(f"{case.op.name} has no CUDA C++ kernel")
-    on_gpu = to_gpu(case)
-    first, second = ([t.cpu() for t in on_gpu.run(backend, outs=poisoned(case))] for _ in range(2))
-    for a, b in zip(first, second):
-        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), "the same call gave other bytes"
-    return first
-
-
-def poisoned(case):
-    return [t.cuda() for t in case.outs(0)]
-
-
-@pytest.mark.parametrize("view", ["rows", "mixed"])
-@pytest.mark.parametrize("dtype", matrix_cases.DTYPES)
-@pytest.mark.parametrize("name", MATRIX_OPS)
-def test_error_bound(name, dtype, view, backend):
-    for size in SIZES:
-        if name == "resolve":
-            case = resolved(size, min(8, size[2]), dtype, view)
-        else:
-            case = matrix_cases.make(name, dtype, size, view=view)
-        # float16 becomes TF32 in Triton, float32 in CUDA C++.
-        rounds = dtype == "bf16" or (dtype == "f16" and backend == "triton")
-        rounds &= name in ("delta_gram", "delta_project", "project_erase", "elect_select", "elect")
-        (check_low if rounds else matrix_cases.check)(case, run_matrix(case, backend))
-
-
-@pytest.mark.parametrize("experts", [1, 2, 5, 8])
-@pytest.mark.parametrize("name", ["project_erase", "elect_select"])
-def test_experts(name, experts, backend):
-    case = matrix_cases.make(name, "bf16", (129, 192, 257), experts=experts)
-    check_low(case, run_matrix(case, backend))
-
-
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
-@pytest.mark.parametrize("name", ["semantic_energy", "weighted_gram"])
-def test_precisions_of_float32(name, precision):
-    from importlib import import_module
-
-    case = matrix_cases.make(name, "f32", (1, 515, 1031))
-    kernel = import_module(f"seme.kernels.{name}").launch
-    found = launch(kernel, to_gpu(case), poisoned(case), precision=precision)
-    matrix_cases.check(case, [t.cpu() for t in found])
-
-
-@pytest.mark.parametrize("k", [1, 3, 16, 64])
-def test_resolve(k, backend):
-    for dtype in ("bf16", "f32", "f64"):
-        case = resolved((130, 192, 5001), k, dtype)
-        matrix_cases.check(case, run_matrix(case, backend))
-
-
-def test_elect_is_exact(backend):
-    """On integers, counts and energies have one value."""
-    base, tensors, bases = ([t.cuda() for t in x] if isinstance(x, list) else x.cuda() for x in test_matrix.exact())
-    _, variance = test_matrix.exact_coordinates(base, tensors, bases)
-    keys = variance.float().view(torch.int32).long().flatten()
-    most = int(keys.mode().values)
-    for lowest, shift in ((0, 15), (most - 5, 0), (most + 1, 8)):
-        found = MATRIX_OPS["elect_select"](base, tensors, bases, lowest=lowest, shift=shift, backend=backend)
-        expected = MATRIX_OPS["elect_select"](base, tensors, bases, lowest=lowest, shift=shift, backend="torch")
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[1], expected[1])
-
-
-@pytest.mark.large
-def test_matrix_of_more_than_two_to_the_31_elements():
-    """The last rows are those of a call on them alone."""
-    rows, width = 2**31 // 4096 + 129, 4096
-    if torch.cuda.mem_get_info()[0] < 40e9:
-        pytest.skip("needs 40 GB of free GPU memory")
-    gen = torch.Generator("cuda").manual_seed(0)
-    base = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_(generator=gen)
-    tensor = torch.empty_like(base).normal_(generator=gen)
-    projection = torch.empty(width, width, device="cuda").normal_(generator=gen)
-    op, tail = MATRIX_OPS["project_erase"], slice(rows - 129, rows)
-    whole = op(base, [tensor], [projection], backend="triton")
-    assert torch.equal(whole[tail], op(base[tail], [tensor[tail]], [projection], backend="triton"))
+def test_without_the_cuda_module(monkeypatch):
+    """Triton alone: auto finds it, and asking for the other says what is missing."""
+    monkeypatch.setitem(native._loaded, "_C_cuda", "not built")
+    tensors = make_tensors("weighted_sum", 63, DTYPES["bf16"][0])
+    on_gpu = [t.to(DEVICE) for t in tensors]
+    expected = OPS["weighted_sum"](tensors, weights=[1.0] * 4, backend="cpu")
+    check_bits(OPS["weighted_sum"](on_gpu, weights=[1.0] * 4, backend="auto").cpu(), expected)
+    with pytest.raises(BackendError, match=chosen("not built", "works on CUDA tensors")):
+        OPS["weighted_sum"](on_gpu, weights=[1.0] * 4, backend="cuda")
