@@ -33,7 +33,7 @@ from benchmarks.gpu.device import Device, Part, brief, judged
 from benchmarks.merge import MARGIN, cached, disk_speed, excerpts, mergekit, remove, shards, warm
 
 LLAMA = Llama(vocabulary=128256, hidden=4096, layers=32, intermediate=14336, heads=32, kv_heads=8)
-SMOKE = Llama(vocabulary=96, hidden=16, layers=2, intermediate=32, heads=4, kv_heads=2)
+SMOKE = Llama(vocabulary=40, hidden=8, layers=2, intermediate=16, heads=2, kv_heads=1)
 LAYERS = (32, 24, 16, 12, 8, 4, 2, 1)
 FEW = 2
 """Layers of the model that ``seme`` merges."""
