@@ -3,7 +3,7 @@
 ``python -m benchmarks.matrix`` measures them on the CPU, and four whole things beside their peers: rule ``project`` on
 one matrix beside the singular value decompositions that TSV-M needs, the selection of ``resolve`` beside a flat
 inner-product search of faiss, and all of ``resolve`` beside a product, topk and least squares row by row.
-``benchmarks.gpu.measure`` runs the same cases on a GPU.
+``benchmarks.gpu.matrix`` runs the same cases on a GPU.
 
 A case is a call on matrices of a 7 B model: a square projection of 4096, 32 000 labels. ``of_product`` is what counts;
 1 would be a kernel that costs no more than the plain product in it.

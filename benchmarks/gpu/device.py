@@ -44,6 +44,7 @@ ABOUT = {
     "over_floor": "of merges: median seconds / median seconds of the I/O floor with the same inputs and state of the "
     "page cache in the same run; start-up of the process not counted in either",
     "startup_s": "of merges: imports, and the first contact with the GPU",
+    "counted_gpu_bytes": "of merges: the most that the merge counted towards its limit, gpu_memory",
     "peak_gpu_bytes": "of merges: the most that torch's allocator held",
     "cached": "of merges: share of the inputs' bytes in the page cache before the run",
 }

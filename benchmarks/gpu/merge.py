@@ -86,7 +86,7 @@ def schedule(engines: Sequence[str], peer: bool) -> list[Run]:
         ("ties", CACHE, ("floor", *engines)),
         ("linear", CACHE, others[:-1]),
         ("ties", DISK, ("floor", first)),
-        ("seme", CACHE, others),
+        ("seme", CACHE, engines[-1:]),  # most of its ops have no CUDA C++ kernel
         *((m, CACHE, ("mergekit",)) for m in ("linear", "ties") if peer),
     ):
         found += [Run(method, state, engine) for engine in who]
@@ -317,6 +317,7 @@ class Bench:
             "seconds": stats,
             "over_floor": {e: s["median"] / floor for e, s in stats.items() if e != "floor"} if floor else {},
             "startup_s": most("startup_s"),
+            "counted_gpu_bytes": most("counted_gpu_bytes"),
             "peak_gpu_bytes": most("peak_gpu_bytes"),
             "cached": most("cached"),
             "equal_values": {"to": compared["engine"], **compared["equal"]},

@@ -2,8 +2,9 @@
 
 SPEC is JSON: ``merges``, a list of ``{"recipe": ..., "out": folder, "options": {...}}`` as :func:`seme.merge` takes
 them, which are run one after the other. Prints a line of JSON for each: ``startup_s`` (imports, and the first contact
-with the GPU), ``seconds`` of the merge itself until the output is on disk, the backend, the bytes read and written, and
-``peak_gpu_bytes``, the most that torch's allocator held (None on the CPU); or ``error``, and the next merge goes on.
+with the GPU), ``seconds`` of the merge itself until the output is on disk, backend and device, the bytes read and
+written, ``counted_gpu_bytes``, the most that the merge counted towards its limit, and ``peak_gpu_bytes``, the most that
+torch's allocator held (None on the CPU); or ``error``, and the next merge goes on.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ def run(spec: dict[str, Any]) -> None:
             "startup_s": startup,
             "seconds": took,
             "backend": done.backend,
+            "device": done.device,
             "read": done.bytes_read,
             "written": done.bytes_written,
+            "counted_gpu_bytes": done.gpu_bytes,
             "peak_gpu_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
         }
         print(json.dumps(found), flush=True)

@@ -1,5 +1,7 @@
 """Triton and CUDA C++ give the bytes of the CPU kernels, for every element-wise op, dtype, size, view and stream."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -157,6 +159,29 @@ def test_on_another_stream(name, backend):
         found = OPS[name](targets, backend=backend, **given)
     stream.synchronize()
     check_bits(found.cpu().reshape(-1), expected.reshape(-1))
+
+
+@needs_gpu
+def test_from_many_threads(backend, tmp_path, monkeypatch):
+    """As the workers of a merge do: each on a stream of its own, all at once, with kernels that nobody compiled yet."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    stored, compute = (dtypes.float16, dtypes.float64, dtypes.bfloat16), dtypes.float32  # in no other test
+    work = []
+    for name in OPS:
+        some, arguments = calls(name, make_tensors(name, 39_999, stored), compute)[-1]
+        given = keywords(name, arguments, compute)
+        work.append((name, some, given, OPS[name](some, backend="cpu", **given)))
+
+    def run(number):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for name, some, given, expected in work[number % len(work) :] + work[: number % len(work)]:
+                found = OPS[name]([t.cuda() for t in some], backend=backend, **given).cpu()
+                check_bits(found.reshape(-1), expected.reshape(-1))
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(run, i) for i in range(16)]:
+            done.result()
 
 
 @needs_two

@@ -106,13 +106,18 @@ def test_bytes_in_every_dtype(method, dtypes, more, backend, models, tmp_path):
 
 @pytest.mark.parametrize("size", chosen(["64MiB", "200MiB"], ["64MiB"]))
 def test_a_small_budget(size, backend, models, tmp_path):
-    """Rows are cut so that the memory is enough; what torch held stays within it."""
+    """Chunks are cut so that the memory is enough; what torch held stays within it."""
+    limit = int(size.removesuffix("MiB")) << 20
     if GPU:
         torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    same(recipe("ties", models((BF16,) * 3)), tmp_path, **options(backend, gpu_memory=size))
+    done = same(recipe("ties", models((BF16,) * 3)), tmp_path, **options(backend, gpu_memory=size))
+    assert done.gpu_bytes <= limit
     if GPU:
-        assert torch.cuda.max_memory_allocated() <= int(size.removesuffix("MiB")) << 20
+        assert done.gpu_bytes > 0
+        # Beside what is counted there are the numbers of the calls in flight, and counts per block.
+        assert torch.cuda.max_memory_allocated() - before <= limit + (4 << 20)
 
 
 @needs_gpu
@@ -170,29 +175,30 @@ def test_nonfinite(value, backend, tmp_path):
     assert all(torch.equal(ours[name].nan_to_num(7), theirs[name].nan_to_num(7)) for name in theirs)
 
 
-# The bounds of docs/numerics.md, for task vectors in float32 relative to their norm.
+# The bounds of docs/numerics.md, for task vectors in float32 relative to their norm. The products of ``seme`` have
+# Triton kernels; CUDA C++ is for the others.
 
 
 @pytest.mark.parametrize(
     ("parameters", "limit"), chosen([({"flatten": 0.0}, 1e-4), ({}, 2e-3), ({"rule": "elect"}, 1e-4)], [({}, 2e-3)])
 )
-def test_seme_is_within_its_bound(parameters, limit, backend, models, tmp_path):
+def test_seme_is_within_its_bound(parameters, limit, models, tmp_path):
     folders = models((F32,) * 3, vocabulary=chosen(4099, 41))
     given = recipe("seme", folders) | {"parameters": parameters}
     seme.merge(given, tmp_path / "cpu", device="cpu", backend="cpu", threads=1)
-    seme.merge(given, tmp_path / "gpu", **options(backend))
+    seme.merge(given, tmp_path / "gpu", **options())
     base, ours, theirs = (checkpoints.read(f) for f in (folders[0], tmp_path / "gpu", tmp_path / "cpu"))
     for name, tensor in theirs.items():
         change, off = tensor.double() - base[name], ours[name].double() - tensor
         assert off.norm() <= limit * change.norm(), name
 
 
-def test_seme_in_bfloat16(backend, models, tmp_path):
+def test_seme_in_bfloat16(models, tmp_path):
     """The kernels round task vectors to bfloat16, and the result is rounded to it: a step apart here and there."""
     folders = models((BF16,) * 3, vocabulary=chosen(4099, 41))
     given = recipe("seme", folders)
     seme.merge(given, tmp_path / "cpu", device="cpu", backend="cpu", threads=1)
-    seme.merge(given, tmp_path / "gpu", **options(backend))
+    seme.merge(given, tmp_path / "gpu", **options())
     base, ours, theirs = (checkpoints.read(f) for f in (folders[0], tmp_path / "gpu", tmp_path / "cpu"))
     for name, tensor in theirs.items():
         change, off = tensor.double() - base[name].double(), ours[name].double() - tensor.double()
