@@ -42,7 +42,7 @@ ABOUT = {
     "of_product": "median rate of a provider / median rate of the product",
     "torch_over": "median seconds of plain torch, one operation after the other / median seconds of the provider",
     "over_floor": "of merges: median seconds / median seconds of the I/O floor with the same inputs and state of the "
-    "page cache in the same run; start-up of the process not counted in either",
+    "page cache in the same run; start-up of the process not counted in either (of mergekit it is counted)",
     "startup_s": "of merges: imports, and the first contact with the GPU",
     "counted_gpu_bytes": "of merges: the most that the merge counted towards its limit, gpu_memory",
     "peak_gpu_bytes": "of merges: the most that torch's allocator held",

@@ -37,14 +37,15 @@ SMOKE = Llama(vocabulary=40, hidden=8, layers=2, intermediate=16, heads=2, kv_he
 LAYERS = (32, 24, 16, 12, 8, 4, 2, 1)
 FEW = 2
 """Layers of the model that ``seme`` merges."""
-SECONDS = 150
+SECONDS = 175
 GPU_MEMORY = "8GiB"
 BUDGET = 8 * GIB
 CHUNK = 4 * MIB
-WRITES, READS = 13, 8
-"""About how often all runs of the large model write and (from disk) read as many bytes as it has."""
+WRITES, READS = 7, 4
+"""How often making the large model and the first of its runs, those of linear, write and read as many bytes as it has
+(from disk)."""
 STARTS = 60.0
-"""Seconds that starting the processes takes, about, and all runs of the small model."""
+"""Seconds that starting their processes takes, about, and the warm-up."""
 CLEAN = 5.0
 """Seconds kept for removing files."""
 CACHE, DISK = "page cache", "disk"
@@ -81,8 +82,8 @@ def schedule(engines: Sequence[str], peer: bool) -> list[Run]:
     found = []
     for method, state, who in (
         ("linear", CACHE, ("floor", first, engines[-1])),
-        ("seme", CACHE, ("floor", first)),
         ("linear", DISK, ("floor", first)),
+        ("seme", CACHE, ("floor", first)),
         ("ties", CACHE, ("floor", *engines)),
         ("linear", CACHE, others[:-1]),
         ("ties", DISK, ("floor", first)),

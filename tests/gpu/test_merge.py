@@ -11,9 +11,12 @@ import torch
 import seme
 from seme import native
 from seme.errors import BackendError, CheckpointError
-from tests import checkpoints
 
 from .device import DEVICE, GPU, chosen, needs_gpu
+
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
+from tests import checkpoints
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # NumPy's, in the interpreter
