@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .numeric import key_bound, load, magnitude_key, round_to
-from .tables import table
+from .tables import Flat, flat, table
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,7 @@ def launch(
     lowest: Sequence[int],
     shift: Sequence[int],
     compute_dtype: DType,
-    block: int = 1024,
+    shape: Flat | None = None,
 ) -> None:
     """Run on flat, contiguous tensors, the base first; adds to `out`, int64 [n, 65538] seen as one axis."""
     import torch
@@ -69,6 +69,7 @@ def launch(
     if n == 0 or len(tensors) == 1:
         return
     integers = table([*lowest, *shift], torch.int64, out.device)
-    magnitude_histogram_kernel[(triton.cdiv(n, block),)](
-        tuple(tensors), integers, out, n, COMPUTE=compute_dtype.name, BLOCK=block
+    shape = shape or flat("magnitude_histogram", out.device)
+    magnitude_histogram_kernel[(triton.cdiv(n, shape.elements),)](
+        tuple(tensors), integers, out, n, COMPUTE=compute_dtype.name, BLOCK=shape.elements, **shape.options()
     )

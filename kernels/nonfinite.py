@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .numeric import load_bits
+from .tables import Flat, flat
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ def nonfinite_kernel(x, total, n, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
     tl.atomic_add(total, found, mask=found > 0, sem="relaxed")
 
 
-def launch(tensors: Sequence[torch.Tensor], out: torch.Tensor, *, block: int = 4096) -> None:
+def launch(tensors: Sequence[torch.Tensor], out: torch.Tensor, *, shape: Flat | None = None) -> None:
     """Run on flat, contiguous tensors; adds to `out`, int64 [n]."""
     import torch
 
@@ -33,8 +34,9 @@ def launch(tensors: Sequence[torch.Tensor], out: torch.Tensor, *, block: int = 4
         torch.bfloat16: 0x7F80,
         torch.float16: 0x7C00,
     }
+    shape = shape or flat("nonfinite", out.device)
     for i, x in enumerate(tensors):
         if x.numel():
-            nonfinite_kernel[(triton.cdiv(x.numel(), block),)](
-                x, out[i:], x.numel(), EXPONENT=exponent[x.dtype], BLOCK=block
+            nonfinite_kernel[(triton.cdiv(x.numel(), shape.elements),)](
+                x, out[i:], x.numel(), EXPONENT=exponent[x.dtype], BLOCK=shape.elements, **shape.options()
             )

@@ -131,14 +131,14 @@ def key_bound(bound, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def fold_lanes(lanes):
-    """The sum of 64 lanes by halving: lane j takes lane j + 32, then j + 16, ... j + 1. A scalar."""
-    lanes = tl.sum(tl.reshape(lanes, [2, 32]), axis=0)
-    lanes = tl.sum(tl.reshape(lanes, [2, 16]), axis=0)
-    lanes = tl.sum(tl.reshape(lanes, [2, 8]), axis=0)
-    lanes = tl.sum(tl.reshape(lanes, [2, 4]), axis=0)
-    lanes = tl.sum(tl.reshape(lanes, [2, 2]), axis=0)
-    return tl.sum(lanes, axis=0)
+def fold_lanes(lanes, GROUP: tl.constexpr):
+    """The sums of GROUP times 64 lanes by halving: lane j takes lane j + 32, then j + 16, ... j + 1."""
+    lanes = tl.sum(tl.reshape(lanes, [GROUP, 2, 32]), axis=1)
+    lanes = tl.sum(tl.reshape(lanes, [GROUP, 2, 16]), axis=1)
+    lanes = tl.sum(tl.reshape(lanes, [GROUP, 2, 8]), axis=1)
+    lanes = tl.sum(tl.reshape(lanes, [GROUP, 2, 4]), axis=1)
+    lanes = tl.sum(tl.reshape(lanes, [GROUP, 2, 2]), axis=1)
+    return tl.sum(lanes, axis=1)
 
 
 @triton.jit

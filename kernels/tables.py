@@ -1,4 +1,8 @@
-"""What kernels look up: the per-tensor numbers of a call, and the shapes of their tiles per GPU."""
+"""What kernels look up: the per-tensor numbers of a call, and per GPU how they are cut up.
+
+Nothing is tuned while a merge runs. Every ``launch`` takes a ``shape`` that replaces the one of the table here, which
+is how ``benchmarks/gpu/tune.py`` finds out what the table should say.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,53 @@ def table(values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: t
 def strides(matrices: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The strides from row to row, and from column to column, of each matrix."""
     return tuple(m.stride(0) for m in matrices), tuple(m.stride(1) for m in matrices)
+
+
+class Flat(NamedTuple):
+    """How an element-wise kernel is cut up: elements per program, and the warps of one."""
+
+    elements: int
+    warps: int
+
+    def options(self) -> dict[str, Any]:
+        """Launch options, as a kernel takes them."""
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
+
+    def holding(self, elements: int) -> Flat:
+        """As many elements per thread in a program of so many elements; 16 warps at most."""
+        return Flat(elements, min(16, max(1, self.warps * elements // self.elements)))
+
+
+# 8 elements per thread, so that a thread's part of a 16-bit tensor is one access of 16 bytes; the reductions take
+# whole blocks of 8192 elements, of which a warp reads rows of 64 of 4 at the same time. Chosen on paper; not yet tuned
+# on a GPU.
+FLAT = {
+    80: {
+        "weighted_sum": Flat(1024, 4),
+        "task_vector_sum": Flat(1024, 4),
+        "ties": Flat(1024, 4),
+        "tie_counts": Flat(1024, 4),
+        "magnitude_histogram": Flat(1024, 4),
+        "nonfinite": Flat(4096, 4),
+        "inner_products": Flat(4 * 8192, 1),
+        "trimmed_l1": Flat(4 * 8192, 1),
+    },
+    90: {
+        "weighted_sum": Flat(1024, 4),
+        "task_vector_sum": Flat(1024, 4),
+        "ties": Flat(1024, 4),
+        "tie_counts": Flat(1024, 4),
+        "magnitude_histogram": Flat(1024, 4),
+        "nonfinite": Flat(4096, 4),
+        "inner_products": Flat(4 * 8192, 1),
+        "trimmed_l1": Flat(4 * 8192, 1),
+    },
+}
+
+
+def flat(op: str, device: torch.device) -> Flat:
+    """How the kernel of an element-wise op is cut up on ``device``."""
+    return FLAT[generation(device)][op]
 
 
 class Tiles(NamedTuple):
@@ -62,18 +113,20 @@ TILES = {
 }
 
 
-def tiles(operand: str, device: torch.device, results: int = 1) -> Tiles:
-    """The tiles for products of these operands on ``device``, if a program holds ``results`` tiles of sums at once.
-
-    A GPU that has no row of its own takes that of the greatest lesser compute capability, the interpreter the last.
-    """
+def generation(device: torch.device) -> int:
+    """The key of the tables for ``device``: a GPU that has no row of its own takes that of the greatest lesser compute
+    capability, the interpreter the last."""
     import torch
 
-    capability = 90
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = max((c for c in TILES if c <= 10 * major + minor), default=min(TILES))
-    return shrink(for_triton(TILES[capability][operand.removesuffix("x3")], operand), results)
+    if device.type != "cuda":
+        return max(TILES)
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((c for c in TILES if c <= 10 * major + minor), default=min(TILES))
+
+
+def tiles(operand: str, device: torch.device, results: int = 1) -> Tiles:
+    """The tiles for products of these operands on ``device``, if a program holds ``results`` tiles of sums at once."""
+    return shrink(for_triton(TILES[generation(device)][operand.removesuffix("x3")], operand), results)
 
 
 def for_triton(chosen: Tiles, operand: str) -> Tiles:

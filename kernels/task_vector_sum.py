@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .numeric import divide, held, load, round_to, store
-from .tables import table
+from .tables import Flat, flat, table
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def launch(
     divisor: float,
     scale: float,
     compute_dtype: DType,
-    block: int = 1024,
+    shape: Flat | None = None,
 ) -> None:
     """Run on flat, contiguous tensors, the base first; writes `out`."""
     import torch
@@ -63,6 +63,7 @@ def launch(
     if n == 0:
         return
     reals = table([divisor, scale, *weights], torch.float64, out.device)
-    task_vector_sum_kernel[(triton.cdiv(n, block),)](
-        tuple(tensors), reals, out, n, COMPUTE=compute_dtype.name, BLOCK=block, enable_fp_fusion=False
+    shape = shape or flat("task_vector_sum", out.device)
+    task_vector_sum_kernel[(triton.cdiv(n, shape.elements),)](
+        tuple(tensors), reals, out, n, COMPUTE=compute_dtype.name, BLOCK=shape.elements, **shape.options()
     )

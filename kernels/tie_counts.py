@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .numeric import key_bound, load, magnitude_key, round_to
-from .tables import table
+from .tables import Flat, flat, table
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +36,20 @@ def tie_counts_kernel(tensors, thresholds, counts, n, blocks, COMPUTE: tl.conste
 
 
 def block_ties(
-    tensors: Sequence[torch.Tensor], thresholds: torch.Tensor, compute_dtype: DType, block: int
+    tensors: Sequence[torch.Tensor],
+    thresholds: torch.Tensor,
+    compute_dtype: DType,
+    block: int,
+    shape: Flat | None = None,
 ) -> torch.Tensor:
-    """int64 [n, blocks]: how many keys of each block equal the threshold of their tensor."""
+    """int64 [n, blocks]: how many keys of each block of `block` elements equal the threshold of their tensor."""
+    shape = (shape or flat("tie_counts", thresholds.device)).holding(block)
     blocks = triton.cdiv(tensors[0].numel(), block)
     counts = thresholds.new_empty(len(tensors) - 1, blocks)
     tie_counts_kernel[(blocks,)](
-        tuple(tensors), thresholds, counts, tensors[0].numel(), blocks, COMPUTE=compute_dtype.name, BLOCK=block
-    )
+        tuple(tensors), thresholds, counts, tensors[0].numel(), blocks,
+        COMPUTE=compute_dtype.name, BLOCK=block, **shape.options(),
+    )  # fmt: skip
     return counts
 
 
@@ -53,12 +59,13 @@ def launch(
     *,
     thresholds: Sequence[int],
     compute_dtype: DType,
-    block: int = 1024,
+    shape: Flat | None = None,
 ) -> None:
     """Run on flat, contiguous tensors, the base first; adds to `out`, int64 [n]."""
     import torch
 
     if tensors[0].numel() == 0 or len(tensors) == 1:
         return
-    counts = block_ties(tensors, table(thresholds, torch.int64, out.device), compute_dtype, block)
+    shape = shape or flat("tie_counts", out.device)
+    counts = block_ties(tensors, table(thresholds, torch.int64, out.device), compute_dtype, shape.elements, shape)
     out += counts.sum(1)

@@ -15,7 +15,7 @@ import triton.language as tl
 from seme.ops._task_vectors import UNLIMITED
 
 from .numeric import divide, held, key_bound, load, magnitude_key, round_to, store
-from .tables import table
+from .tables import Flat, flat, table
 from .tie_counts import block_ties
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def launch(
     normalize: bool,
     scale: float,
     compute_dtype: DType,
-    block: int = 1024,
+    shape: Flat | None = None,
 ) -> None:
     """Run on flat, contiguous tensors, the base first; writes `out`."""
     import torch
@@ -109,12 +109,13 @@ def launch(
         return
     reals = table([scale, *(v for pair in zip(weights, factors) for v in pair)], torch.float64, out.device)
     integers = table([v for pair in zip(thresholds, tie_quotas) for v in pair], torch.int64, out.device)
+    shape = shape or flat("ties", out.device)
     ranked = any(0 < quota < UNLIMITED for quota in tie_quotas)
     tie_ends = integers
     if ranked:
-        tie_ends = block_ties(tensors, integers[::2].contiguous(), compute_dtype, block).cumsum(1)
-    blocks = triton.cdiv(n, block)
+        tie_ends = block_ties(tensors, integers[::2].contiguous(), compute_dtype, shape.elements).cumsum(1)
+    blocks = triton.cdiv(n, shape.elements)
     ties_kernel[(blocks,)](
         tuple(tensors), reals, integers, tie_ends, out, n, blocks,
-        NORMALIZE=normalize, RANKED=ranked, COMPUTE=compute_dtype.name, BLOCK=block, enable_fp_fusion=False,
+        NORMALIZE=normalize, RANKED=ranked, COMPUTE=compute_dtype.name, BLOCK=shape.elements, **shape.options(),
     )  # fmt: skip

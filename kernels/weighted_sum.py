@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .numeric import divide, held, load, round_to, store
-from .tables import table
+from .tables import Flat, flat, table
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def launch(
     weights: Sequence[float],
     divisor: float,
     compute_dtype: DType,
-    block: int = 1024,
+    shape: Flat | None = None,
 ) -> None:
     """Run on flat, contiguous tensors; writes `out`."""
     import torch
@@ -50,6 +50,7 @@ def launch(
     if n == 0:
         return
     reals = table([*weights, divisor], torch.float64, out.device)
-    weighted_sum_kernel[(triton.cdiv(n, block),)](
-        tuple(tensors), reals, out, n, COMPUTE=compute_dtype.name, BLOCK=block, enable_fp_fusion=False
+    shape = shape or flat("weighted_sum", out.device)
+    weighted_sum_kernel[(triton.cdiv(n, shape.elements),)](
+        tuple(tensors), reals, out, n, COMPUTE=compute_dtype.name, BLOCK=shape.elements, **shape.options()
     )

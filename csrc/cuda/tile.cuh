@@ -180,37 +180,54 @@ __device__ __forceinline__ int sum_before(int mine) {
     return sum - mine;
 }
 
-// The reductions give each block of kBlock elements to one warp. Its 64 lanes of summation are two per thread: thread
-// t adds elements 2t and 2t + 1 of every row of 64, in order. 8 rows are loaded at once, in pairs of elements.
+// The reductions give each block of kBlock elements to a team of 8 threads. Its 64 lanes of summation are 8 per thread:
+// thread t adds elements 8t .. 8t + 7 of every row of 64, in order. 2 rows are loaded at once.
 constexpr int kRow = 64;
-constexpr int kRows = 8;
+constexpr int kRows = 2;
+constexpr int kTeam = kRow / kVector;
+
+// The team that this thread is in. Teams beyond the last block repeat it, so that warps stay whole, and store nothing.
+struct Team {
+    int64_t block;
+    int thread;
+    bool first;  // this thread stores the results of the block
+    __device__ explicit Team(int64_t blocks) {
+        const int64_t own = int64_t(blockIdx.x) * (kThreads / kTeam) + threadIdx.x / kTeam;
+        block = own < blocks ? own : blocks - 1;
+        thread = threadIdx.x % kTeam;
+        first = own < blocks && thread == 0;
+    }
+};
 
 template <class C, class S>
-__device__ __forceinline__ void load_rows_typed(const S* p, int64_t left, bool aligned, typename C::T (&y)[kRows][2]) {
-    struct alignas(2 * sizeof(S)) Pair {
-        S s[2];
-    };
-    Pair pairs[kRows];
-    if (aligned && left >= (kRows - 1) * kRow + 2) {
+__device__ __forceinline__ void load_rows_typed(const S* p, int64_t left, bool aligned,
+                                                typename C::T (&y)[kRows][kVector]) {
+    constexpr int kWords = kVector * sizeof(S) / sizeof(uint4);
+    S s[kRows][kVector];
+    if (aligned && left >= (kRows - 1) * kRow + kVector) {
+        uint4 words[kRows][kWords];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) pairs[r] = *reinterpret_cast<const Pair*>(p + r * kRow);
+        for (int r = 0; r < kRows; ++r)
+            for (int k = 0; k < kWords; ++k) words[r][k] = reinterpret_cast<const uint4*>(p + r * kRow)[k];
+        memcpy(s, words, sizeof(s));
     } else {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-            for (int k = 0; k < 2; ++k) pairs[r].s[k] = r * kRow + k < left ? p[r * kRow + k] : S{};
+            for (int k = 0; k < kVector; ++k) s[r][k] = r * kRow + k < left ? p[r * kRow + k] : S{};
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-        for (int k = 0; k < 2; ++k) {
+        for (int k = 0; k < kVector; ++k) {
             typename C::T v;
-            load(pairs[r].s + k, v);
+            load(&s[r][k], v);
             y[r][k] = kExact<C, S> ? v : C::round(v);
         }
 }
 
 // y[r][k] = element at + 64 r + k, rounded to the compute dtype; 0 where `left` elements do not reach.
 template <class C>
-__device__ __forceinline__ void load_rows(const Input& in, int64_t at, int64_t left, typename C::T (&y)[kRows][2]) {
+__device__ __forceinline__ void load_rows(const Input& in, int64_t at, int64_t left,
+                                          typename C::T (&y)[kRows][kVector]) {
     switch (in.dtype) {
         case DType::F32: return load_rows_typed<C>(static_cast<const float*>(in.data) + at, left, in.aligned, y);
         case DType::F16: return load_rows_typed<C>(static_cast<const f16*>(in.data) + at, left, in.aligned, y);
@@ -219,14 +236,15 @@ __device__ __forceinline__ void load_rows(const Input& in, int64_t at, int64_t l
     }
 }
 
-// The sum of the warp's 64 lanes by halving: lane j takes lane j + 32, then j + 16, ... j + 1. Valid in thread 0.
-__device__ __forceinline__ double fold_lanes(double (&lanes)[2]) {
+// The sum of the team's 64 lanes by halving: lane j takes lane j + 32, then j + 16, ... j + 1. Valid in its thread 0.
+__device__ __forceinline__ double fold_lanes(double (&lanes)[kVector]) {
 #pragma unroll
-    for (int d = kWarp / 2; d > 0; d /= 2) {
-        lanes[0] += __shfl_down_sync(kAllLanes, lanes[0], d);
-        lanes[1] += __shfl_down_sync(kAllLanes, lanes[1], d);
-    }
-    return lanes[0] + lanes[1];
+    for (int d = kTeam / 2; d > 0; d /= 2)
+        for (int k = 0; k < kVector; ++k) lanes[k] += __shfl_down_sync(kAllLanes, lanes[k], d);
+#pragma unroll
+    for (int d = kVector / 2; d > 0; d /= 2)
+        for (int k = 0; k < d; ++k) lanes[k] += lanes[k + d];
+    return lanes[0];
 }
 
 // Calls Launch<C>::run for the compute dtype.

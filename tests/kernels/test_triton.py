@@ -2,12 +2,12 @@
 
 import importlib
 import importlib.util
-import inspect
 import os
 
 import pytest
 import torch
 
+from seme.native import BLOCK
 from seme.ops._registry import OPS
 
 from .cases import DTYPES, SUMS, calls, check_bits, compare, make_tensors
@@ -19,12 +19,13 @@ pytestmark = [
 ]
 
 
-def launch(name, block=None):
-    """The launcher of a kernel, with a given number of elements per program where it takes one."""
+def launch(name, elements):
+    """The launcher of a kernel, with a number of elements per program; reductions take whole blocks."""
+    from seme.kernels.tables import Flat
+
     function = importlib.import_module(f"seme.kernels.{name}").launch
-    if block is None or "block" not in inspect.signature(function).parameters:
-        return function
-    return lambda *args, **kwargs: function(*args, **kwargs, block=block)
+    shape = Flat(2 * BLOCK if name in SUMS else elements, 4)
+    return lambda *args, **kwargs: function(*args, **kwargs, shape=shape)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32", "mixed-in-bf16", "mixed-in-f16", "mixed-in-f64"])
@@ -41,7 +42,7 @@ def test_bits(name, dtype):
 @pytest.mark.parametrize("name", OPS)
 def test_bits_over_several_blocks(name, dtype):
     stored, compute = DTYPES[dtype]
-    tensors = make_tensors(name, 8193 if name in SUMS else 20001, stored, count=2)
+    tensors = make_tensors(name, 2 * BLOCK + 65 if name in SUMS else 20001, stored, count=2)
     chosen, arguments = calls(name, tensors, compute)[1 if name != "nonfinite" else 0]
     compare(launch(name, 4096), name, chosen, arguments, compute)
 
