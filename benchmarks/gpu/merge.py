@@ -37,7 +37,7 @@ SMOKE = Llama(vocabulary=40, hidden=8, layers=2, intermediate=16, heads=2, kv_he
 LAYERS = (32, 24, 16, 12, 8, 4, 2, 1)
 FEW = 2
 """Layers of the model that ``seme`` merges."""
-SECONDS = 175
+SECONDS = 155
 GPU_MEMORY = "8GiB"
 BUDGET = 8 * GIB
 CHUNK = 4 * MIB
