@@ -60,8 +60,11 @@ class Runner:
             [sys.executable, "-c", text], cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise SystemExit(f"benchmarks.gpu: no CUDA GPU that torch can use here\n{done.stderr[-TAIL:]}")
+            why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise SystemExit(f"benchmarks.gpu: {sys.executable} has no torch that sees a CUDA GPU ({why}); set PYTHON")
         self.run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        if self.run["commit"] is None:
+            print("benchmarks.gpu: no git repository here: SEME_COMMIT can say which commit this is", flush=True)
         self.file = place(self.run, self.work if self.smoke and not os.environ.get("OUT") else None)
         (self.work / "run.json").write_text(json.dumps(self.run))
 
