@@ -12,7 +12,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from seme.dtypes import DType
@@ -100,6 +100,8 @@ def choose(plan: Plan, threads: int, backend: str = "auto", device: str = "auto"
         ConfigError: ``limit`` is more than the GPU has.
     """
     check(backend, device)
+    if plan.method.matrix and _asked(backend) == "cuda":
+        raise BackendError(f"backend cuda: not all products of {plan.method.name} are in CUDA C++; use auto or triton")
     why = f"device {device} asked for"
     if device == "auto":
         device, why = _auto(plan, threads, _asked(backend))
@@ -266,6 +268,9 @@ class Gpu:
         runtime = torch.cuda.cudart()
         with torch.cuda.device(self.name):
             failed = int(runtime.cudaHostRegister(buffer.address, len(buffer.memory), 0)) != 0
+            if failed:  # the error is told once more, to whoever launches the next kernel
+                with suppress(RuntimeError):
+                    torch.zeros(1, device=self.name)
 
         def undo() -> None:
             if not failed:

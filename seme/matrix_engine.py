@@ -125,7 +125,9 @@ class MatrixEngine:
         self._tells = len({tuple(e.ref for e in part.entries) for part in plan.config.slices}) == 1
         self._made_bases = functools.cache(self._bases)
         rows = options.buffers(place) if place.gpu is None else min(options.buffers(place), rows_memory(place))
-        self.context = self._context(place.backend, place.device, rows // 4)
+        # Without Triton each op takes CUDA C++ where it has it, else plain torch.
+        backend = "auto" if place.backend == "cuda" else place.backend
+        self.context = self._context(backend, place.device, rows // 4)
         self._entries: list[tuple[str, dict[str, Any]]] = []
         self._output = _Output(self._write)
         self._written: Counter[str] = Counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from seme.config import load
 from seme.engine import Options
 from seme.errors import BackendError, CheckpointError, ConfigError
 from seme.gpu import GpuRuntime
+from seme.methods import get
 from seme.native import BLOCK
 from seme.ops._op import Op
 from seme.plan import Plan
@@ -311,6 +313,9 @@ class TestWhichDevice:
         assert gpu.choose(plan, 1, device="cuda").device == "cuda:0"
         assert gpu.choose(plan, 1, "torch", "cuda:0").backend == "torch"
         assert gpu.choose(plan, 1, "cpu").why == "backend cpu works there"
+        matrices = replace(plan, method=get("seme"))
+        with pytest.raises(BackendError, match=r"^backend cuda: not all products of seme are in CUDA C\+\+; use auto"):
+            gpu.choose(matrices, 1, "cuda", "cuda")
         with pytest.raises(BackendError, match=r"^device cuda:1: there are 1; the first one is cuda:0$"):
             gpu.choose(plan, 1, device="cuda:1")
         with pytest.raises(BackendError, match=r"^device cuda:x: expected auto, cpu, cuda or cuda:N$"):
