@@ -57,7 +57,7 @@ def trimmed_l1_kernel(
         before = tl.load(ends - 1, mask=there & (block > 0), other=0)
         left -= before
         ends_here = (left > 0) & (left < tl.load(ends, mask=there, other=0) - before)
-        any_ends = tl.max(ends_here.to(tl.int32), axis=0) > 0
+        ranked = tl.max(ends_here.to(tl.int32), axis=0) > 0  # in one of these blocks
     some = (left > 0)[:, None]
     seen = tl.zeros([GROUP], dtype=tl.int32)  # ties in the rows before
     everything = tl.zeros([GROUP, 64], dtype=tl.float64)
@@ -71,10 +71,10 @@ def trimmed_l1_kernel(
         tie = key == threshold
         keep = (key > threshold) | (tie & some)
         if RANKED:  # noqa: SIM102 (the outer condition is known when the kernel is compiled)
-            if any_ends:
+            if ranked:
                 ties = tie.to(tl.int32)
                 rank = seen[:, None] + tl.cumsum(ties, 1)
-                keep = keep & ((key > threshold) | ~ends_here[:, None] | (rank <= left[:, None]))
+                keep = (key > threshold) | (tie & (rank <= left[:, None]))
                 seen += tl.sum(ties, axis=1)
         everything += size
         kept += tl.where(keep, size, 0.0)
