@@ -34,7 +34,10 @@ from seme.kernels import (
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Compute dtype, types of the tensors, and of the integers: a number that is 1 becomes a constant of the kernel.
+from seme.native import BLOCK
+
+# Compute dtype, types of the tensors, and of the integers: a number that is 1 becomes a constant of the kernel. Where
+# it is not, the addresses and the number of elements are multiples of 16, as those of almost all weights are.
 VARIANTS = (
     ("bfloat16", ("*bf16", "*bf16", "*bf16"), "i32"),
     ("float16", ("*fp16", "*fp16"), "i64"),
@@ -46,20 +49,31 @@ TABLES = {"reals": "*fp64"} | dict.fromkeys(("integers", "thresholds", "tie_ends
 INTEGERS = ("n", "i", "j", "count", "blocks")
 
 
-def kernels():
-    """(name, kernel, constants, warps) of every kernel, as the launchers call it."""
-    yield "weighted_sum", weighted_sum.weighted_sum_kernel, {"BLOCK": 1024}, 4
-    yield "task_vector_sum", task_vector_sum.task_vector_sum_kernel, {"BLOCK": 1024}, 4
-    yield "inner_products", inner_products.inner_products_kernel, {"BLOCK": 8192}, 1
-    yield "magnitude_histogram", magnitude_histogram.magnitude_histogram_kernel, {"BLOCK": 1024}, 4
-    yield "tie_counts", tie_counts.tie_counts_kernel, {"BLOCK": 1024}, 4
+def kernels(capability):
+    """(name, kernel, constants, launch options) of every kernel, as the launchers call it."""
+
+    def entry(name, kernel, block=None, **constants):
+        shape = tables.FLAT[capability][name]
+        shape = shape.holding(block or shape.elements)
+        if name in ("inner_products", "trimmed_l1"):
+            constants |= {"BLOCK": BLOCK, "GROUP": shape.elements // BLOCK}
+        else:
+            constants["BLOCK"] = shape.elements
+        return name, kernel, constants, shape.options()
+
+    yield entry("weighted_sum", weighted_sum.weighted_sum_kernel)
+    yield entry("task_vector_sum", task_vector_sum.task_vector_sum_kernel)
+    yield entry("inner_products", inner_products.inner_products_kernel)
+    yield entry("magnitude_histogram", magnitude_histogram.magnitude_histogram_kernel)
+    yield entry("tie_counts", tie_counts.tie_counts_kernel)
+    yield entry("tie_counts", tie_counts.tie_counts_kernel, block=BLOCK)  # before trimmed_l1
     for ranked in (False, True):
-        yield "ties", ties.ties_kernel, {"BLOCK": 1024, "RANKED": ranked, "NORMALIZE": not ranked}, 4
-        yield "trimmed_l1", trimmed_l1.trimmed_l1_kernel, {"BLOCK": 8192, "RANKED": ranked}, 1
-    yield "nonfinite", nonfinite.nonfinite_kernel, {"BLOCK": 4096, "EXPONENT": 0x7C00}, 4
+        yield entry("ties", ties.ties_kernel, RANKED=ranked, NORMALIZE=not ranked)
+        yield entry("trimmed_l1", trimmed_l1.trimmed_l1_kernel, RANKED=ranked)
+    yield entry("nonfinite", nonfinite.nonfinite_kernel, EXPONENT=0x7C00)
 
 
-def compile_kernel(kernel, compute, tensors, integer, constants, warps, capability):
+def compile_kernel(kernel, compute, tensors, integer, constants, launched, capability):
     """One kernel, from the types of its arguments by name."""
     types = {"tensors": tensors, "base": tensors[0], "x": tensors[-1], "y": tensors[0], **TABLES}
     types["out"] = tensors[-1] if "tensors" in kernel.arg_names else "*fp64"
@@ -70,10 +84,14 @@ def compile_kernel(kernel, compute, tensors, integer, constants, warps, capabili
         types |= dict.fromkeys(INTEGERS, "i32") | {"n": integer}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    attributes = {}
+    for at, (name, kind) in enumerate(signature.items()):
+        if integer != 1 and (name in ("n", "out") or name in MODELS or name in ("x", "y")):
+            for place in [(at,)] if isinstance(kind, str) else [(at, i) for i in range(len(kind))]:
+                attributes[place] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return triton.compile(
-        ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": False},
+        ASTSource(kernel, signature, values, attributes), target=GPUTarget("cuda", capability, 32), options=launched
     )
 
 
@@ -154,7 +172,7 @@ def compile_matrix_kernel(kernel, operand, constants, launched, capability):
 
 
 def resources(cubin):
-    """Registers per thread, and bytes of its stack, from what the assembler left in the cubin."""
+    """Registers per thread, and bytes of its stack (where registers are spilled to), from what the cubin says."""
     program = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -163,16 +181,40 @@ def resources(cubin):
     return tuple(int(re.findall(rf"{name}:(\d+)", text)[0]) for name in ("REG", "STACK"))
 
 
-def describe(name, constants, compute, capability, compiled):
+def narrow_offsets(text):
+    """Lines of an element-wise kernel's first form that compute with the number of the program in 32 bits.
+
+    It is widened before anything else happens to it, and so are the offsets that are made from it.
+    """
+    found = []
+    for program in re.findall(r"(%\S+) = tt\.get_program_id", text):
+        uses = re.findall(rf"^.* = .*{re.escape(program)}\b.*$", text, flags=re.MULTILINE)
+        found += [line for line in uses if "arith.extsi" not in line] or ([] if uses else ["it is not used"])
+    return found
+
+
+def narrow_addresses(text):
+    """Lines of a matrix kernel's first form that add offsets of 32 bits to a tile of addresses."""
+    return re.findall(
+        r"^.*tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+xi32>.*$", text, flags=re.MULTILINE
+    )
+
+
+def describe(name, function, constants, compute, capability, compiled):
     """What the tests ask about every kernel."""
     assembly = compiled.asm["ptx"]
+    registers, stack = resources(compiled.asm["cubin"])
     return {
         "kernel": name,
+        "function": function,
         "constants": constants,
         "compute": compute,
         "capability": capability,
         "elf": compiled.asm["cubin"][:4] == b"\x7fELF",
         "target": re.findall(r"\.target (\w+)", assembly)[0],
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
     }
 
 
@@ -180,28 +222,32 @@ def main() -> None:
     element_wise, matrix = [], []
     for capability in map(int, sys.argv[1:]):
         for compute, tensors, integer in VARIANTS:
-            for name, kernel, constants, warps in kernels():
-                compiled = compile_kernel(kernel, compute, tensors, integer, constants, warps, capability)
-                arithmetic = re.findall(r"\b[a-z]+(?:\.[a-z]+)*\.f(?:16x2|16|32|64)\b", compiled.asm["ptx"])
-                found = describe(name, constants, compute, capability, compiled)
-                element_wise.append({**found, "float_instructions": sorted(set(arithmetic))})
+            for name, kernel, constants, launched in kernels(capability):
+                compiled = compile_kernel(kernel, compute, tensors, integer, constants, launched, capability)
+                assembly = compiled.asm["ptx"]
+                arithmetic = re.findall(r"\b[a-z]+(?:\.[a-z]+)*\.f(?:16x2|16|32|64)\b", assembly)
+                accesses = re.findall(
+                    r"\b(ld|st)\.global(?:\.[a-z_]+(?:::[a-z0-9_]+)*)*?((?:\.v\d)?\.b\d+)\b", assembly
+                )
+                element_wise.append(
+                    {
+                        **describe(name, kernel.__name__, constants, compute, capability, compiled),
+                        "tensors": [kind.removeprefix("*") for kind in tensors],
+                        "integer": str(integer),
+                        "float_instructions": sorted(set(arithmetic)),
+                        "accesses": sorted({"".join(access) for access in accesses}),
+                        "narrow_offsets": narrow_offsets(compiled.asm["ttir"]),
+                    }
+                )
         for operand in OPERANDS:
             if ONLY.get(operand, capability) != capability:
                 continue
             for name, kernel, constants, launched in matrix_kernels(operand, capability):
                 compiled = compile_matrix_kernel(kernel, operand, constants, launched, capability)
                 products = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\.[a-z0-9_.]+", compiled.asm["ptx"])
-                registers, stack = resources(compiled.asm["cubin"])
-                matrix.append(
-                    {
-                        **describe(name, constants, operand, capability, compiled),
-                        "function": kernel.__name__,
-                        "products": sorted(set(products)),
-                        "shared": compiled.metadata.shared,
-                        "registers": registers,
-                        "stack": stack,
-                    }
-                )
+                found = describe(name, kernel.__name__, constants, operand, capability, compiled)
+                narrow = narrow_addresses(compiled.asm["ttir"])
+                matrix.append({**found, "products": sorted(set(products)), "narrow_offsets": narrow})
     json.dump({"triton": triton.__version__, "kernels": element_wise, "matrix": matrix}, sys.stdout)
 
 

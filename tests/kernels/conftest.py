@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled once for the CPU by an emulator (cuda_emulator.h)."""
+"""The kernels, compiled once for all tests: for GPUs that are not here, and for the CPU by an emulator."""
 
 import importlib.util
 import shutil
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import kernel_resources
 from seme import native
 from seme.ops import cuda
 
@@ -18,8 +19,24 @@ EMULATOR = Path(__file__).with_name("cuda_emulator.h")
 
 
 @pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """The Triton kernels: lists ``kernels`` and ``matrix``, an entry per kernel, compute dtype or operand, and GPU."""
+    if reason := kernel_resources.missing_triton():
+        pytest.skip(reason)
+    return kernel_resources.compile_triton(tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The CUDA module."""
+    if reason := kernel_resources.missing_cuda():
+        pytest.skip(reason)
+    return kernel_resources.build_cuda(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="session")
 def emulation(tmp_path_factory):
-    """The module seme._C_cuda, working on CPU tensors."""
+    """The module seme._C_cuda, compiled with cuda_emulator.h: it works on CPU tensors."""
     compiler = shutil.which("g++")
     if compiler is None or importlib.util.find_spec("pybind11") is None:
         pytest.skip("g++ and pybind11 are needed")

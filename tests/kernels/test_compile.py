@@ -5,47 +5,23 @@ operation: an fma, an approximate division or subnormal numbers that become zero
 result on a GPU. Those with matrix products compile to instructions of the tensor cores, and fit into a multiprocessor.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from scripts.kernel_resources import CAPABILITIES
+from seme.ops._registry import MATRIX_OPS, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPERS = {"__init__", "numeric", "tables", "tiles"}
 MATRIX = {path.stem for path in (ROOT / "kernels").glob("*.py") if "from .tiles import" in path.read_text()}
 KERNELS = {path.stem for path in (ROOT / "kernels").glob("*.py")} - HELPERS - MATRIX
-CAPABILITIES = ("80", "90")
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that one program can have
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """What compile_kernels.py found: two lists, with one entry per kernel, compute dtype or operand, and GPU."""
-
-    def start(capability):
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        # A cache of its own: nothing that an earlier run compiled is taken for what compiles now.
-        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-        script = Path(__file__).with_name("compile_kernels.py")
-        pipe = subprocess.PIPE
-        return subprocess.Popen([sys.executable, str(script), capability], env=environment, stdout=pipe, stderr=pipe)
-
-    found = {"kernels": [], "matrix": []}
-    for process in [start(capability) for capability in CAPABILITIES]:
-        out, err = process.communicate(timeout=1200)
-        assert process.returncode == 0, err.decode()
-        printed = json.loads(out)
-        for kind in ("kernels", "matrix"):
-            found[kind] += printed[kind]
-        found["triton"] = printed["triton"]
-    return found
+def test_every_op_has_a_kernel():
+    assert OPS.keys() == KERNELS
+    assert MATRIX_OPS.keys() == MATRIX
 
 
 @pytest.mark.parametrize(("kind", "names"), [("kernels", KERNELS), ("matrix", MATRIX)])
@@ -75,6 +51,29 @@ def test_division_is_there(compiled):
     for k in compiled["kernels"]:
         if k["kernel"] in ("weighted_sum", "task_vector_sum") or k["constants"].get("NORMALIZE"):
             assert any(i.startswith("div.rn.f") for i in k["float_instructions"]), k
+
+
+def test_tensors_are_accessed_in_16_bytes(compiled):
+    """Where they and their length are multiples of 16; of single numbers, in tables and results, 8 bytes each."""
+    wide = {"v4.b32", "v2.b64"}
+    aligned = [k for k in compiled["kernels"] if k["integer"] != "1"]
+    assert {k["kernel"] for k in aligned} == KERNELS
+    for k in aligned:
+        loads, stores = (
+            {a.removeprefix(f"{kind}.") for a in k["accesses"] if a.startswith(kind)} for kind in ("ld", "st")
+        )
+        assert loads & wide, k
+        assert loads <= wide | {"b64"}, k
+        whole = k["kernel"] in ("weighted_sum", "task_vector_sum", "ties")
+        assert stores <= (wide if whole else {"b64"}), k
+        assert stores or not whole, k
+
+
+def test_offsets_are_64_bits_wide(compiled):
+    """A tensor may have more than 2^31 elements: nothing is computed from the program's number in 32 bits by an
+    element-wise kernel, and no address of a tile by the others."""
+    for k in compiled["kernels"] + compiled["matrix"]:
+        assert not k["narrow_offsets"], k
 
 
 def test_products_run_on_the_tensor_cores(compiled):

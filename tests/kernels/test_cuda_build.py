@@ -1,4 +1,7 @@
-"""The CUDA module builds for sm_80 and sm_90, loads without a driver, needs no torch, and rounds every operation."""
+"""The CUDA module builds for sm_80, sm_90a and later GPUs, loads without a driver and needs no torch.
+
+Its element-wise kernels round every operation, and access memory in 16 bytes.
+"""
 
 import importlib.util
 import os
@@ -10,56 +13,41 @@ from pathlib import Path
 
 import pytest
 
+from scripts.kernel_resources import output
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """(the module, {(source, virtual GPU): its PTX}), from one build as setup.py does it."""
-    for program in ("nvcc", "cmake", "ninja"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
-    if importlib.util.find_spec("pybind11") is None:
-        pytest.skip("pybind11 is not installed")
-    folder = tmp_path_factory.mktemp("cuda")
-    kept = folder / "kept"
-    kept.mkdir()
-    defines = {
-        "SEME_CUDA": "ON",
-        "SEME_OUTPUT_DIR": folder,
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": output([sys.executable, "-m", "pybind11", "--cmakedir"]).strip(),
-        "CMAKE_CUDA_FLAGS": f"--keep --keep-dir={kept}",
-    }
-    output(["cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja", *(f"-D{k}={v}" for k, v in defines.items())])
-    output(["cmake", "--build", folder / "build"])
-    (module,) = folder.glob("_C_cuda*")
-    assembly = {}
-    for path in kept.glob("*.ptx"):
-        if path.name.startswith("CMake"):  # what CMake compiles to find out about the compiler
-            continue
-        text = path.read_text()
-        assembly[path.name.split(".")[0], re.findall(r"^\.target (\w+)", text, re.MULTILINE)[0]] = text
-    return module, assembly
-
-
-def output(command):
-    """What a command prints; its errors, if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+MATRIX = {"elect", "resolve"}
+GPUS = ("sm_80", "sm_90a")
 
 
 def test_every_source_is_compiled_for_both_gpus(built):
-    _, assembly = built
-    assert set(assembly) == {(source, gpu) for source in SOURCES for gpu in ("sm_80", "sm_90")}
+    assert set(built.assembly) == {(source, gpu) for source in SOURCES for gpu in GPUS}
+
+
+def test_code_for_both_gpus_and_assembly_for_later_ones(built):
+    """The module holds machine code of sm_80 and sm_90a; and the PTX of sm_80, which any later GPU can take."""
+    program = cuobjdump()
+    if program is None:
+        pytest.skip("cuobjdump is not installed")
+    code = re.findall(r"\.(sm_\w+)\.cubin", output([program, "--list-elf", built.module]))
+    assembly = re.findall(r"\.(sm_\w+)\.ptx", output([program, "--list-ptx", built.module]))
+    assert sorted(code) == sorted(gpu for gpu in GPUS for _ in SOURCES)
+    assert assembly == ["sm_80"] * len(SOURCES)
+
+
+def cuobjdump():
+    """The program of CUDA, or the one that Triton brings."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    bundled = spec and Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return bundled if bundled and bundled.exists() else None
 
 
 def test_every_operation_is_rounded_on_its_own(built):
-    _, assembly = built
     seen = set()
-    for where, text in assembly.items():
+    for where, text in built.assembly.items():
         for instruction in re.findall(r"\b(?:fma|mad|add|sub|mul|div|rcp)\.[a-z.]*f(?:16x2|16|32|64)\b", text):
             name, rounding, *rest = instruction.split(".")
             seen.add(name)
@@ -69,17 +57,50 @@ def test_every_operation_is_rounded_on_its_own(built):
 
 
 def test_products_run_on_the_tensor_cores(built):
-    _, assembly = built
-    for source in ("elect", "resolve"):
-        for gpu in ("sm_80", "sm_90"):
-            assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in assembly[source, gpu]
+    """Those of bfloat16 operands; by `mma.sync` on Hopper too, see docs/gpu.md."""
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+    for gpu in GPUS:
+        for source in MATRIX:
+            kernels = functions(built.assembly[source, gpu])
+            on_cores = {name for name, body in kernels.items() if product in body}
+            assert on_cores == {name for name in kernels if "TensorCores" in name}
+            assert on_cores
+
+
+def functions(text):
+    """The kernels of a PTX file: name, and all that belongs to it."""
+    parts = re.split(r"^(?:\.visible )?\.entry (\w+)\(", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_tensors_are_accessed_in_16_bytes(built):
+    """By every element-wise kernel, where the addresses allow. Those that take any dtype have a branch for each, and
+    a thread's 8 elements are 1 such access of 16-bit numbers, 2 of float32 and 4 of float64."""
+    for gpu in GPUS:
+        for source in SOURCES - MATRIX:
+            for name, body in functions(built.assembly[source, gpu]).items():
+                loads = len(re.findall(r"\bld\.global(?:\.nc)?\.v(?:4\.[bfu]32|2\.[bfu]64)", body))
+                stores = len(re.findall(r"\bst\.global\.v(?:4\.[bfu]32|2\.[bfu]64)", body))
+                assert loads >= (1 if source == "nonfinite" else 8), (name, gpu)
+                assert stores >= (8 if source in ("weighted_sum", "task_vector_sum", "ties") else 0), (name, gpu)
+
+
+def test_offsets_are_64_bits_wide(built):
+    """A tensor may have more than 2^31 elements: a block's number is widened before it becomes an offset."""
+    for gpu in GPUS:
+        for source in SOURCES - MATRIX:
+            for name, body in functions(built.assembly[source, gpu]).items():
+                blocks = "|".join(re.findall(r"mov\.u32\s+(%r\d+), %ctaid\.x;", body))
+                uses = re.findall(rf"^\s*(\S+)\s[^;,]*,[^;]*(?:{blocks})\b[^;]*;", body, flags=re.MULTILINE)
+                assert uses, (name, gpu)
+                for instruction in uses:
+                    assert instruction.startswith(("mul.wide.u32", "cvt.u64.u32", "setp")), (instruction, name, gpu)
 
 
 def test_the_module_loads_without_a_driver_and_without_torch(built):
-    module, _ = built
     script = f"""if True:
         import importlib.util, sys
-        spec = importlib.util.spec_from_file_location("seme._C_cuda", {str(module)!r})
+        spec = importlib.util.spec_from_file_location("seme._C_cuda", {str(built.module)!r})
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         assert "torch" not in sys.modules
@@ -99,10 +120,9 @@ def test_the_module_loads_without_a_driver_and_without_torch(built):
 
 
 def test_the_module_is_linked_against_neither_torch_nor_cuda(built):
-    module, _ = built
     for program in ("nm", "ldd"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    symbols = output(["nm", "--dynamic", module])
+    symbols = output(["nm", "--dynamic", built.module])
     assert re.search(r"torch|c10|\bat::|_ZN2at", symbols) is None
-    assert re.search(r"torch|libcud|libc10", output(["ldd", module])) is None
+    assert re.search(r"torch|libcud|libc10", output(["ldd", built.module])) is None
