@@ -1,7 +1,7 @@
-"""Writes the tables of the kept results into README.md and docs/benchmarks.md.
+"""Writes the tables of the kept results, and those of ``benchmarks/paper.py``, into README.md and docs/.
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end NAME -->``, NAME being a key of :data:`TABLES`; what lies
-between is replaced. ``--check`` changes nothing and fails if a table is not up to date.
+A table stands between ``<!-- table NAME -->`` and ``<!-- end NAME -->``, NAME being a key of :data:`TABLES` or of
+``paper.TABLES``; what lies between is replaced. ``--check`` changes nothing and fails if a table is not up to date.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bases, matrix, merge, ops, validation
+from benchmarks import bases, matrix, merge, ops, paper, validation
 from benchmarks.checkpoints import SIZES
 from benchmarks.common import MIB, RESULTS, ROOT, load, table
 from benchmarks.plot import where
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "semantics.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "semantics.md", "gpu.md")))
 
 
 def complete(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -79,14 +79,21 @@ def machines(data: dict[str, Any]) -> str:
 
 
 def fill(text: str, results: Path) -> str:
-    """The text with every table replaced whose results file exists."""
+    """The text with every table replaced that it has room for, if its results file exists."""
+
+    def place(name: str) -> re.Pattern[str]:
+        return re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+
+    bodies = {}
     for name, (source, make) in TABLES.items():
-        file = results / source
-        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        if file.exists() and pattern.search(text):
-            data = load(file)
-            body = f"{make(data)}\n\n{machines(data)}\n"
-            text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)
+        if (results / source).exists() and place(name).search(text):
+            data = load(results / source)
+            bodies[name] = f"{make(data)}\n\n{machines(data)}\n"
+    for name, write in paper.TABLES.items():
+        if place(name).search(text):
+            bodies[name] = f"{write(results)}\n"
+    for name, body in bodies.items():
+        text = place(name).sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)
     return text
 
 
