@@ -99,9 +99,9 @@ def choose(plan: Plan, threads: int, backend: str = "auto", device: str = "auto"
         BackendError: the backend or device does not work here.
         ConfigError: ``limit`` is more than the GPU has.
     """
-    check(backend, device)
     if plan.method.matrix and _asked(backend) == "cuda":
         raise BackendError(f"backend cuda: not all products of {plan.method.name} are in CUDA C++; use auto or triton")
+    check(backend, device)
     why = f"device {device} asked for"
     if device == "auto":
         device, why = _auto(plan, threads, _asked(backend))
