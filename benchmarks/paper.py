@@ -17,6 +17,8 @@ from seme.ops._registry import MATRIX_OPS, OPS
 
 RESOURCES = ROOT / "tests" / "kernels" / "resources.json"
 NOT_RUN = "not yet run on a GPU"
+PARTS = {"selection": "resolve", "TIES": "ties"}
+"""Entries of the results files that are no op of their own, by the first word of their key: part or use of which op."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ def measured(op: str, results: Path) -> str:
         data = load(file)
         for key, entry in data["entries"].items():
             shares = entry.get("of_copy") or entry.get("of_product")
-            if key.split()[0].rstrip(",") != op or not shares:
+            first = key.split()[0].rstrip(",")
+            if PARTS.get(first, first) != op or not shares:
                 continue
             run = data["runs"][entry["run"]]
             of = "copy" if "of_copy" in entry else "cuBLAS"

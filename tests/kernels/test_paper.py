@@ -51,11 +51,13 @@ def test_what_was_measured_is_filled_in(tmp_path):
     run = {"date": "2030-01-02T03:04:05Z", "commit": "0123456789abcdef", "machine": {"gpu": {"name": "NVIDIA H200"}}}
     entries = {
         "ties 1+3, quota": {"run": "a", "of_copy": {"triton": 0.625, "cuda": 0.5}},
+        "selection, 32 labels": {"run": "a", "of_product": {"cuda": 0.5}},
         "elect 1+3, 4096 rows": {"run": "a", "of_product": {"triton": 0.75, "torch": 0.25}},
     }
     (tmp_path / "gpu-h200.json").write_text(json.dumps({"runs": {"a": run}, "entries": entries}))
     where = "H200, 2030-01-02, 0123456789"
     assert paper.measured("ties", tmp_path) == f"1+3, quota: triton 0.62, cuda 0.50 of copy, {where}"
     assert paper.measured("elect", tmp_path) == f"1+3, 4096 rows: triton 0.75 of cuBLAS, {where}"
+    assert paper.measured("resolve", tmp_path) == f"selection, 32 labels: cuda 0.50 of cuBLAS, {where}"
     assert paper.measured("elect_select", tmp_path) == paper.NOT_RUN
     assert "not yet run" in paper.element_wise_table(tmp_path)
