@@ -40,6 +40,7 @@ KEYS = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "tokenizer",
     "compat",
     "seed",
     "roles",
@@ -155,6 +156,42 @@ class Section:
 
 
 @dataclass(frozen=True)
+class TokenRule:
+    """An entry of ``tokenizer.tokens``: the row of a token in models that lack it, with ``force`` in all of them.
+
+    Attributes:
+        decides: it says which row; otherwise the token is only added.
+        model: whose row; None: zeros.
+        token: which token of that model, or its id; None: the token itself.
+        force: in all models.
+        where: its place in the recipe.
+    """
+
+    decides: bool
+    model: ModelRef | None
+    token: str | int | None
+    force: bool
+    where: str
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """``tokenizer`` or ``tokenizer_source``.
+
+    Attributes:
+        source: the model whose tokens the output has; None: those of all models (``union``).
+        tokens: by token, what its row is.
+        pad_to_multiple_of: of which number the rows are a multiple.
+        where: place of the source in the recipe.
+    """
+
+    source: ModelRef | None
+    tokens: Mapping[str, TokenRule]
+    pad_to_multiple_of: int
+    where: str
+
+
+@dataclass(frozen=True)
 class MergeConfig:
     """A recipe. ``source`` is its text, kept for the model card; ``compat`` is None or ``mergekit``; ``seed`` is that
     of methods that draw random numbers; ``roles`` overrule what matrix methods take a tensor for."""
@@ -165,7 +202,7 @@ class MergeConfig:
     parameters: Mapping[str, Parameter]
     dtype: DType | None
     out_dtype: DType | None
-    tokenizer_source: ModelRef | None
+    tokenizer: TokenizerConfig | None
     compat: str | None
     source: str
     seed: int = 0
@@ -293,7 +330,7 @@ def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
         parameters=_parameters(data.get("parameters"), "parameters"),
         dtype=_dtype(data.get("dtype"), "dtype"),
         out_dtype=_dtype(data.get("out_dtype"), "out_dtype"),
-        tokenizer_source=_tokenizer(data.get("tokenizer_source"), base, sections[0].slices[0].entries),
+        tokenizer=_tokenizer(data, base or sections[0].slices[0].entries[0].ref),
         compat=compat,
         source=source,
         seed=_seed(data.get("seed")),
@@ -448,15 +485,63 @@ def _ref(value: Any, where: str) -> ModelRef:
     return ModelRef(path, revision or None)
 
 
-def _tokenizer(value: Any, base: ModelRef | None, models: tuple[ModelEntry, ...]) -> ModelRef | None:
-    where = "tokenizer_source"
-    if value is None:
-        return None
-    if value == "base":
-        return base if base is not None else models[0].ref
+def _tokenizer(data: Mapping[str, Any], base: ModelRef) -> TokenizerConfig | None:
+    where, value, whole = "tokenizer_source", data.get("tokenizer_source"), data.get("tokenizer")
+    if whole is None:
+        return None if value is None else TokenizerConfig(_tokenizer_source(value, where, base), {}, 1, where)
+    if value is not None:
+        raise ConfigError("tokenizer: tokenizer_source is given too; write it as tokenizer.source")
+    if not isinstance(whole, Mapping):
+        raise ConfigError(f"tokenizer: {brief(whole)}; expected {{source: union, base or PATH, tokens: {{...}}}}")
+    _check_keys(whole, ("source", "tokens", "pad_to_multiple_of"), "tokenizer.")
+    tokens, unit = whole.get("tokens"), whole.get("pad_to_multiple_of")
+    if not isinstance(tokens, (Mapping, type(None))):
+        raise ConfigError(f"tokenizer.tokens: {brief(tokens)}; expected a mapping {{TOKEN: {{source: PATH}}}}")
+    if unit is not None and (isinstance(unit, bool) or not isinstance(unit, int) or unit < 1):
+        raise ConfigError(f"tokenizer.pad_to_multiple_of: {brief(unit)}; expected a whole number of at least 1")
+    where = "tokenizer.source"
+    source = None if whole.get("source") is None else _tokenizer_source(whole["source"], where, base)
+    rules = {_token(t): _token_rule(v, f"tokenizer.tokens.{_name(t)}") for t, v in (tokens or {}).items()}
+    return TokenizerConfig(source, rules, unit or 1, where)
+
+
+def _tokenizer_source(value: Any, where: str, base: ModelRef) -> ModelRef | None:
     if value == "union":
-        raise ConfigError(f"{where}: union: choose 'base' or one of the models; vocabularies are merged as they are")
-    return _ref(value, where)
+        return None
+    return base if value == "base" else _ref(value, where)
+
+
+def _token(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"tokenizer.tokens: {brief(value)}: expected a token; write it in quotes")
+    return value
+
+
+def _token_rule(value: Any, where: str) -> TokenRule:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {brief(value)}; expected {{source: PATH, force: true or false}}")
+    _check_keys(value, ("source", "force"), f"{where}.")
+    source, force = value.get("source"), value.get("force")
+    if not isinstance(force, (bool, type(None))):
+        raise ConfigError(f"{where}.force: {brief(force)}: expected true or false")
+    if force and source is None:
+        raise ConfigError(f"{where}.source: missing; force says that all models get its row")
+    where_source = f"{where}.source"
+    if not isinstance(source, Mapping) or "kind" not in source:
+        ref = None if source is None else _ref(source, where_source)
+        return TokenRule(ref is not None, ref, None, bool(force), where)
+    kind = source["kind"]
+    if kind == "zero":
+        _check_keys(source, ("kind",), f"{where_source}.")
+        return TokenRule(True, None, None, bool(force), where)
+    if kind != "model_token":
+        raise ConfigError(f"{where_source}.kind: {brief(kind)}: expected zero or model_token")
+    _check_keys(source, ("kind", "model", "token", "token_id"), f"{where_source}.")
+    given = [source[k] for k in ("token", "token_id") if source.get(k) is not None]
+    kinds = (("token", str), ("token_id", int))
+    if len(given) != 1 or not any(isinstance(source.get(k), t) and source[k] is not True for k, t in kinds):
+        raise ConfigError(f"{where_source}: expected one of token, a text, and token_id, a whole number")
+    return TokenRule(True, _ref(source.get("model"), f"{where_source}.model"), given[0], bool(force), where)
 
 
 def _dtype(value: Any, where: str) -> DType | None:

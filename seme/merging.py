@@ -13,7 +13,7 @@ from typing import Any
 from seme import gpu
 from seme import plan as planning
 from seme.checkpoint import Writer, local_path
-from seme.checkpoint.tokenizer import MODEL_FILES, TOKENIZER_FILES
+from seme.checkpoint.tokenizer import MODEL_FILES, OUTDATED, TOKENIZER_FILES
 from seme.config import load, override
 from seme.dtypes import DType
 from seme.engine import Engine, Options, Progress, chunk_bytes
@@ -181,7 +181,9 @@ def _copied(plan: Plan) -> list[Path]:
     found = [donor.path / name for name in MODEL_FILES if (donor.path / name).is_file()]
     if donor.config.get("auto_map"):
         found += sorted(donor.path.glob("*.py"))
-    return found + [plan.tokenizer / name for name in TOKENIZER_FILES if (plan.tokenizer / name).exists()]
+    gone = {*plan.tokenizer_files, *(OUTDATED if "tokenizer.json" in plan.tokenizer_files else ())}
+    names = [name for name in TOKENIZER_FILES if name not in gone]
+    return found + [plan.tokenizer / name for name in names if (plan.tokenizer / name).exists()]
 
 
 def _write_small_files(plan: Plan, writer: Writer) -> None:
@@ -190,6 +192,8 @@ def _write_small_files(plan: Plan, writer: Writer) -> None:
         writer.json("config.json", with_dtype(plan.model_config, plan.out_dtype))
     for file in _copied(plan):
         writer.copy(file)
+    for name, text in plan.tokenizer_files.items():
+        writer.text(name, text)
     writer.text("seme_config.yml", plan.config.source.rstrip() + "\n")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from seme.errors import CheckpointError, ConfigError, TargetError, brief
 from seme.methods import Group, Method, Param, get
 from seme.ops._op import Spec
 from seme.roles import TensorRole, latent, layer, layers, roles
-from seme.sections import choose, modules, moved, stack, with_layers
+from seme.sections import TEXT_CONFIGS, choose, modules, moved, stack, with_layers
 from seme.sizes import format_size
-from seme.sources import Source, StoredTensor
+from seme.sources import Gathered, Source, StoredTensor
+from seme.vocabulary import Alignment, align, rows_of, vocabulary_tensors
 
 HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "output.weight")
 EMBEDDINGS = (
@@ -122,6 +123,7 @@ class Plan:
         donor: which of them gives config.json and, without ``tokenizer_source``, the tokenizer.
         model_config: contents of config.json as the output has it, but for the dtype.
         tokenizer: folder the tokenizer files come from.
+        tokenizer_files: contents of those that are not as they are there, by name.
         tensors: every output tensor, in the order of the donor's files.
         layout: the output's weight files.
         out_dtype: dtype of most of the output, for config.json.
@@ -135,6 +137,7 @@ class Plan:
     donor: int
     model_config: Mapping[str, Any]
     tokenizer: Path
+    tokenizer_files: Mapping[str, str]
     tensors: tuple[TensorPlan, ...]
     layout: Layout
     out_dtype: DType
@@ -181,7 +184,7 @@ def make(
     refs = _refs(config, sections)
     _check_recipe(config, method, sections)
     donor = _position(config.base_model, refs) if config.base_model is not None else 0
-    tokenizer_of = donor if config.tokenizer_source is None else _tokenizer_position(config.tokenizer_source, refs)
+    _check_tokenizer(config, refs)
     local = [path for ref in refs if (path := locate(ref)) is not None]
     if target is not None:
         _check_target(target, local, overwrite, recipe)
@@ -193,7 +196,8 @@ def make(
         for ref, path in zip(refs, paths):
             checkpoint = Checkpoint(path)
             models.append(Model(ref, checkpoint, stored_tensors(checkpoint)))
-        return _plan(config, method, sections, tuple(models), donor, _folder(paths[tokenizer_of]), target, max_shard)
+        folders = [path if path.is_dir() else path.parent for path in paths]  # of a model that is given as a file
+        return _plan(config, method, sections, tuple(models), folders, donor, target, max_shard)
     except BaseException:
         for model in models:
             model.checkpoint.close()
@@ -232,26 +236,33 @@ def _plan(
     method: Method,
     sections: tuple[Section, ...],
     models: tuple[Model, ...],
+    folders: list[Path],
     donor: int,
-    tokenizer: Path,
     target: Path | None,
     max_shard: int,
 ) -> Plan:
     notes = _config_notes(models, donor)
-    targets, model_config = _targets(config, method, sections, models, donor, notes)
+    alignment = None
+    if config.tokenizer is not None:
+        counts = [_vocabulary_size(model) for model in models]
+        alignment = align(config.tokenizer, [m.ref for m in models], folders, counts, donor)
+        notes += alignment.notes
+    targets, model_config = _targets(config, method, sections, models, donor, alignment, notes)
     shapes = {t.name: t.sources[t.lead].shape for t in targets}
     found = roles(model_config, shapes, config.roles) if method.matrix else {}
     tensors = tuple(_tensor(config, method, t, found.get(t.name)) for t in targets)
     if method.uses_bases is not None and any(method.uses_bases(t.arguments) for t in tensors if not t.copy):
         latent(models[donor].checkpoint.config, shapes, config.roles)
     whole = method.asks_for_whole({t.name: t.arguments for t in tensors if not t.copy})
-    if whole and any(section.sliced or section.module for section in sections):
-        raise ConfigError("parameters.rule: sequence runs the models as they are; write models, or use rule: project")
+    changed = any(isinstance(s, Gathered) for t in targets for s in t.sources)
+    if whole and (changed or any(section.sliced or section.module for section in sections)):
+        raise ConfigError(
+            "parameters.rule: sequence runs the models as they are, without slices, modules and other vocabularies; "
+            "use rule: project"
+        )
     where = layout([(t.name, t.spec.dtype, t.spec.shape) for t in tensors], max_shard)
     if target is not None:
         _check_place(target, sum(where.sizes))
-    if config.tokenizer_source is not None:
-        _check_tokenizer(tokenizer, models)
     weight = Counter[DType]()
     for t in tensors:
         if not t.copy:
@@ -259,7 +270,19 @@ def _plan(
     out_dtype = weight.most_common(1)[0][0] if weight else dtypes.float32
     read = sum(s.nbytes for t in tensors for s in t.sources)
     notes = list(dict.fromkeys(notes))
-    return Plan(config, method, models, donor, model_config, tokenizer, tensors, where, out_dtype, read, tuple(notes))
+    tokenizer, files = (folders[donor], {}) if alignment is None else (alignment.folder, alignment.files)
+    return Plan(
+        config, method, models, donor, model_config, tokenizer, files, tensors, where, out_dtype, read, tuple(notes)
+    )
+
+
+def _vocabulary_size(model: Model) -> int:
+    """Tokens that a model has rows for; without an embedding, as many as config.json says."""
+    shapes = {name: t.shape for name, t in model.tensors.items()}
+    found = sorted(vocabulary_tensors(model.checkpoint.config, shapes), key=lambda n: not _ends(n, EMBEDDINGS))
+    if found:
+        return rows_of(shapes[found[0]])
+    raise CheckpointError(f"{model.ref}: no embedding of a vocabulary in it; leave tokenizer and tokenizer_source out")
 
 
 @dataclass(frozen=True)
@@ -282,6 +305,7 @@ class _Target:
         entries: of the recipe, one per input.
         base: which input is the base of the method.
         lead: which input says what shape it has, in doubt.
+        stored: dtypes of the inputs in their checkpoints.
         scopes: where parameters of all inputs may stand, the nearest first.
         depth: in [0, 1], for gradients.
     """
@@ -292,6 +316,7 @@ class _Target:
     entries: tuple[ModelEntry, ...]
     base: int | None
     lead: int
+    stored: tuple[DType, ...]
     scopes: tuple[Mapping[str, Parameter], ...]
     depth: float
 
@@ -302,6 +327,7 @@ def _targets(
     sections: tuple[Section, ...],
     models: tuple[Model, ...],
     donor: int,
+    alignment: Alignment | None,
     notes: list[str],
 ) -> tuple[list[_Target], dict[str, Any]]:
     """Every output tensor, and config.json with the output's layers."""
@@ -322,7 +348,11 @@ def _targets(
                 names = [n for n in models[i].tensors if kinds[i].get(n, "") == module]
                 views.append(_view(models[i], names, entry, section.where, start, ends))
             lead = _lead(config, part)
-            matched = _tensor_names(views, lead, notes)
+            vocabulary: set[str] = set()
+            if alignment is not None:
+                shapes = {n: t.shape for n, t in views[lead].tensors.items()}
+                vocabulary = vocabulary_tensors(model_config, shapes)
+            matched = _tensor_names(views, lead, vocabulary, notes)
             depths = _Layers(matched)
             scopes = (part.parameters, section.parameters, config.parameters)
             for name, sources in matched.items():
@@ -330,14 +360,43 @@ def _targets(
                 if (span := entries[0].layers) is not None and (place := layer(name)) is not None:
                     depth = (place[1] - start) / (len(span) - 1) if len(span) > 1 else 1.0
                 own = tuple(v.own.get(name, name) for v in views)
-                found.append(_Target(name, sources, own, entries, base, lead, scopes, depth))
+                stored = tuple(s.dtype for s in sources)
+                if alignment is not None and name in vocabulary:
+                    center = lead if part.base_model or config.base_model else None
+                    sources = _aligned(config, alignment, tuple(used), center, sources)
+                found.append(_Target(name, sources, own, entries, base, lead, stored, scopes, depth))
             span = entries[lead].layers
             if span is not None:
                 origin += [(models[used[lead]].checkpoint.config, i) for i in span]
                 start += len(span)
         if section.sliced and origin and model_config:
             model_config = with_layers(model_config, module, origin)
+    if alignment is not None:
+        model_config = _with_vocabulary(model_config, alignment.rows)
     return found, model_config
+
+
+def _aligned(
+    config: MergeConfig, alignment: Alignment, models: tuple[int, ...], base: int | None, sources: tuple[Source, ...]
+) -> tuple[Source, ...]:
+    """Inputs whose rows are tokens, with the rows of the output's vocabulary."""
+    rows = alignment.sources(models, base, tuple(rows_of(s.shape) for s in sources))
+    dtype = dtypes.promote([s.dtype for s in sources])
+    if any(r is not None and r.averages for r in rows) and config.compat != "mergekit":
+        dtype = dtypes.arithmetic(dtype)  # means are not rounded before they are merged
+    if config.dtype is not None and any(r is not None and r.averages for r in rows):
+        dtype = config.dtype
+    return tuple(s if r is None else Gathered(s, sources, r, dtype) for s, r in zip(sources, rows))
+
+
+def _with_vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """config.json with the number of tokens, where it has it."""
+    nested = {
+        key: _with_vocabulary(value, rows)
+        for key, value in config.items()
+        if key in TEXT_CONFIGS and isinstance(value, Mapping) and "vocab_size" in value
+    }
+    return {**config, **nested, **({"vocab_size": rows} if "vocab_size" in config or not nested else {})}
 
 
 def _base(config: MergeConfig, method: Method, part: Slice) -> int | None:
@@ -383,11 +442,6 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[str, Source]:
     return {name: StoredTensor(checkpoint, stored) for name, stored in checkpoint.tensors.items()}
 
 
-def _folder(path: Path) -> Path:
-    """The folder of a model that is given as a folder or as its weight file."""
-    return path if path.is_dir() else path.parent
-
-
 def _check_recipe(config: MergeConfig, method: Method, sections: tuple[Section, ...]) -> None:
     """Everything that can be said without opening a model."""
     known = [p.name for p in method.params]
@@ -426,14 +480,17 @@ def _check_given(param: Param, method: Method, part: Slice, base: int | None) ->
             raise ConfigError(f"{entry.ref}: {param.name}: missing; {param.doc}")
 
 
-def _tokenizer_position(source: ModelRef, refs: list[ModelRef]) -> int:
-    """Which of the models ``tokenizer_source`` names."""
-    found = next((i for i, ref in enumerate(refs) if same_model(ref, source)), None)
-    if found is None:
-        raise ConfigError(
-            f"tokenizer_source: {source} is none of the models; expected base or one of {', '.join(map(str, refs))}"
-        )
-    return found
+def _check_tokenizer(config: MergeConfig, refs: list[ModelRef]) -> None:
+    """Refuse a tokenizer, or the row of a token, of a model that is not merged."""
+    if config.tokenizer is None:
+        return
+    given = [(config.tokenizer.source, config.tokenizer.where)]
+    given += [(rule.model, f"{rule.where}.source") for rule in config.tokenizer.tokens.values()]
+    for ref, where in given:
+        if ref is not None and not any(same_model(ref, other) for other in refs):
+            raise ConfigError(
+                f"{where}: {ref} is none of the models; expected base or one of {', '.join(map(str, refs))}"
+            )
 
 
 def _check_target(target: Path, sources: list[Path], overwrite: bool, recipe: Path | None) -> None:
@@ -500,10 +557,17 @@ def _ends(name: str, endings: tuple[str, ...]) -> bool:
     return any(name == e or name.endswith("." + e) for e in endings)
 
 
-def _embedding(model: Model, head: Source) -> Source | None:
-    """The input embedding that a head of this shape may be tied to."""
-    candidates = [t for t in model.tensors.values() if _ends(t.name, EMBEDDINGS) and t.shape == head.shape]
-    return candidates[0] if candidates else None
+def _embedding(model: Model, head: Source, free: bool = False) -> Source | None:
+    """The input embedding that a head of this shape may be tied to; ``free``: with another number of rows."""
+    for tensor in model.tensors.values():
+        if _ends(tensor.name, EMBEDDINGS) and (tensor.shape == head.shape or (free and _same_rows(tensor, head))):
+            return tensor
+    return None
+
+
+def _same_rows(a: Source, b: Source) -> bool:
+    """True if two tensors differ in the number of rows at most."""
+    return len(a.shape) == len(b.shape) and (a.shape[1:] == b.shape[1:] or a.shape[0] == b.shape[0] == 1)
 
 
 def _one_memory(x: Source, y: Source) -> bool:
@@ -546,8 +610,11 @@ def _ties(model: Model, head: str) -> bool:
     return embedding is not None and _one_memory(model.tensors[head], embedding)
 
 
-def _tensor_names(views: Sequence[_View], lead: int, notes: list[str]) -> dict[str, tuple[Source, ...]]:
-    """Every output tensor with its source in each model; nothing is left out without a note or an error."""
+def _tensor_names(
+    views: Sequence[_View], lead: int, vocabulary: Collection[str], notes: list[str]
+) -> dict[str, tuple[Source, ...]]:
+    """Every output tensor with its source in each model; nothing is left out without a note or an error. Those named
+    in ``vocabulary`` may have other numbers of rows."""
     models = [v.model for v in views]
     stored = [dict(v.tensors) for v in views]
     everywhere = set.intersection(*(set(s) for s in stored))
@@ -564,7 +631,7 @@ def _tensor_names(views: Sequence[_View], lead: int, notes: list[str]) -> dict[s
                 notes.append(f"{name} of {model.ref}: left out, it is {twin} again")
     found: dict[str, tuple[Source, ...]] = {}
     for name in stored[lead]:
-        found[name] = tuple(_find(models, stored, lead, i, name) for i in range(len(models)))
+        found[name] = tuple(_find(models, stored, lead, i, name, name in vocabulary) for i in range(len(models)))
     for tensors in stored:
         extra = [name for name in tensors if name not in stored[lead]]
         if extra:
@@ -590,11 +657,12 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _find(models: list[Model], stored: list[dict[str, Source]], lead: int, i: int, name: str) -> Source:
+def _find(models: list[Model], stored: list[dict[str, Source]], lead: int, i: int, name: str, free: bool) -> Source:
+    """The source of a tensor in model i. ``free``: its number of rows need not be that of the lead."""
     wanted = stored[lead][name]
     if name not in stored[i]:
         if _ends(name, HEADS) and _ties(models[i], name):
-            embedding = _embedding(models[i], wanted)
+            embedding = _embedding(models[i], wanted, free)
             if embedding is not None:
                 return embedding
         missing = [n for n in stored[lead] if n not in stored[i]]
@@ -602,10 +670,10 @@ def _find(models: list[Model], stored: list[dict[str, Source]], lead: int, i: in
             f"{models[i].ref}: tensor {name}{_more(missing)} is missing, {wanted.file} has it; {SAME_TENSORS}"
         )
     tensor = stored[i][name]
-    if tensor.shape != wanted.shape:
+    if tensor.shape != wanted.shape and not (free and _same_rows(tensor, wanted)):
         vocabulary = _ends(name, (*HEADS, *EMBEDDINGS))
         remedy = (
-            "vocabularies differ: give the models one vocabulary first"
+            "vocabularies differ: add tokenizer_source: base, or union for the tokens of all models"
             if vocabulary
             else "only models of one shape merge"
         )
@@ -636,7 +704,7 @@ def _tensor(config: MergeConfig, method: Method, target: _Target, role: TensorRo
     merged = [s for s in sources if s.dtype.mergeable]
     if len(merged) < len(sources):
         return _copy(name, sources, inputs, base)
-    stored = dtypes.promote([s.dtype for s in sources])
+    stored = dtypes.promote(list(target.stored))
     if config.dtype is not None:
         compute = config.dtype
     else:
@@ -684,21 +752,3 @@ def _copy(name: str, sources: tuple[Source, ...], inputs: tuple[Spec, ...], base
                 f"{dtypes.why_equal(s.dtype for s in sources)}"
             )
     return TensorPlan(Group(name, inputs, base, sources[0].dtype, sources[0].dtype), sources, {}, copy=True)
-
-
-def _check_tokenizer(tokenizer: Path, models: tuple[Model, ...]) -> None:
-    """With ``tokenizer_source`` there must be one, and every model must give each token the id that it gives it."""
-    from seme.checkpoint.tokenizer import VOCABULARY_FILES, first_difference
-
-    if not any((tokenizer / file).exists() for file in VOCABULARY_FILES):
-        raise CheckpointError(
-            f"{tokenizer}: no tokenizer in it, such as {VOCABULARY_FILES[0]}; "
-            "name a model that has one in tokenizer_source, or leave it out"
-        )
-    for model in models:
-        difference = first_difference(tokenizer, model.checkpoint.path)
-        if difference is not None:
-            raise CheckpointError(
-                f"{model.ref}: its vocabulary differs from {tokenizer}: {difference}; "
-                "merge models of one vocabulary, or leave tokenizer_source out to merge the rows as they are"
-            )

@@ -146,8 +146,11 @@ def moved(
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 _OF_ENCODER = ("encoder_layers", "num_encoder_layers", *_COUNTS)
 _OF_DECODER = ("decoder_layers", "num_decoder_layers")
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+"""Where the config.json of a multimodal model describes its language model."""
+
 _NESTED = {
-    TEXT: ("text_config", "llm_config", "language_config"),
+    TEXT: TEXT_CONFIGS,
     "vision_tower": ("vision_config",),
     "audio_tower": ("audio_config",),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +69,11 @@ class Source(ABC):
             CheckpointError: a file ended early, or a read failed.
         """
 
+    def read_pieces(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        """Fill several buffers, each from a byte of its own on."""
+        for start, buffer in pieces:
+            self.read_into(start, buffer)
+
 
 class StoredTensor(Source):
     """A tensor as it lies in a checkpoint."""
@@ -85,6 +90,10 @@ class StoredTensor(Source):
     def read_into(self, start: int, buffer: memoryview) -> None:
         """As of :class:`Source`."""
         self.checkpoint.read_into(self.stored, start, buffer)
+
+    def read_pieces(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        """As of :class:`Source`."""
+        self.checkpoint.read_pieces(self.stored, pieces)
 
 
 ZERO, MEAN, PADDING = -1, -2, -3
@@ -140,14 +149,16 @@ class Gathered(Source):
     def read_into(self, start: int, buffer: memoryview) -> None:
         """As of :class:`Source`."""
         row_bytes = self.width * self.dtype.itemsize
+        starts, origins, firsts = self.rows.starts, self.rows.origins, self.rows.firsts
         at, end = start, start + len(buffer)
-        run = bisect_right(self.rows.starts, at // max(row_bytes, 1)) - 1
+        run = bisect_right(starts, at // max(row_bytes, 1)) - 1
+        asked: dict[int, list[tuple[int, memoryview]]] = {}
         while at < end:
-            first, origin = self.rows.starts[run], self.rows.origins[run]
-            stop = min(end, self.rows.starts[run + 1] * row_bytes)
+            first, origin = starts[run], origins[run]
+            stop = min(end, starts[run + 1] * row_bytes)
             piece, inside = buffer[at - start : stop - start], at - first * row_bytes
             if origin >= 0:
-                self._copy(self.parts[origin], self.rows.firsts[run] * row_bytes + inside, piece)
+                asked.setdefault(origin, []).append((firsts[run] * row_bytes + inside, piece))
             elif origin == ZERO:
                 piece[:] = bytes(len(piece))
             elif origin == MEAN:
@@ -160,17 +171,19 @@ class Gathered(Source):
                     turn = (inside + done) % row_bytes
                     piece[done : done + rest] = (row[turn:] + row[:turn])[:rest]
             at, run = stop, run + 1
+        for origin, pieces in asked.items():
+            self._copy(self.parts[origin], pieces)
 
-    def _copy(self, part: Source, start: int, piece: memoryview) -> None:
-        """Fill a piece from byte ``start`` of a part, as if that had this dtype."""
+    def _copy(self, part: Source, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill pieces from a part, as if that had this dtype."""
         if part.dtype == self.dtype:
-            part.read_into(start, piece)
+            part.read_pieces(pieces)
             return
-        import torch
-
-        raw = bytearray(len(piece) // self.dtype.itemsize * part.dtype.itemsize)
-        part.read_into(start // self.dtype.itemsize * part.dtype.itemsize, memoryview(raw))
-        _tensor(piece, self.dtype).copy_(torch.frombuffer(raw, dtype=part.dtype.to_torch()))
+        ours, theirs = self.dtype.itemsize, part.dtype.itemsize
+        stored = [memoryview(bytearray(len(piece) // ours * theirs)) for _, piece in pieces]
+        part.read_pieces([(start // ours * theirs, raw) for (start, _), raw in zip(pieces, stored)])
+        for (_, piece), raw in zip(pieces, stored):
+            _tensor(piece, self.dtype).copy_(_tensor(raw, part.dtype))
 
     def _mean(self, row: int) -> bytes:
         """The mean of some rows, added in this dtype in the order of the models, as mergekit does."""
@@ -180,7 +193,7 @@ class Gathered(Source):
         members = self.rows.means[row]
         raw = bytearray(self.width * self.dtype.itemsize)
         for part, index in members:
-            self._copy(self.parts[part], index * len(raw), memoryview(raw))
+            self._copy(self.parts[part], [(index * len(raw), memoryview(raw))])
             total = total + _tensor(memoryview(raw), self.dtype)
         return bytes(_memory(total / len(members)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from seme import dtypes
 from seme.checkpoint.hub import ModelRef
-from seme.config import KEYS, Condition, Parameter, convert, interpolate, load, override, suggest
+from seme.config import KEYS, Condition, Parameter, TokenizerConfig, convert, interpolate, load, override, suggest
 from seme.errors import ConfigError, brief
 from seme.methods import methods
 
@@ -58,7 +59,8 @@ class TestLoading:
         config = load(TEXT)
         assert config.merge_method == "ties"
         assert [m.ref for m in config.models] == [ModelRef("org/a", "main"), ModelRef("org/b", "v2")]
-        assert config.base_model == ModelRef("base") == config.tokenizer_source
+        assert config.base_model == ModelRef("base")
+        assert config.tokenizer == TokenizerConfig(ModelRef("base"), {}, 1, "tokenizer_source")
         assert (config.dtype, config.out_dtype) == (dtypes.float32, dtypes.bfloat16)
         assert config.compat is None
         assert config.models[0].parameters["density"] == Parameter((0.1, 0.9), "models[0].parameters.density")
@@ -128,12 +130,17 @@ class TestLoading:
 
     def test_null_is_as_if_not_written(self) -> None:
         config = load({**RECIPE, "base_model": None, "parameters": None, "dtype": None, "tokenizer_source": None})
-        assert (config.base_model, config.parameters, config.dtype, config.tokenizer_source) == (None, {}, None, None)
+        assert (config.base_model, config.parameters, config.dtype, config.tokenizer) == (None, {}, None, None)
         assert load({**RECIPE, "parameters": {"weight": None}}).parameters == {}
 
     def test_base_tokenizer_without_a_base_is_the_first_models(self) -> None:
-        assert load({**RECIPE, "tokenizer_source": "base"}).tokenizer_source == ModelRef("a")
-        assert load({**RECIPE, "tokenizer_source": "b@r"}).tokenizer_source == ModelRef("b", "r")
+        for value, expected in (("base", ModelRef("a")), ("b@r", ModelRef("b", "r")), ("union", None)):
+            found = load({**RECIPE, "tokenizer_source": value}).tokenizer
+            assert found is not None
+            assert found.source == expected
+            assert load({**RECIPE, "tokenizer": {"source": value}}).tokenizer == replace(
+                found, where="tokenizer.source"
+            )
 
     def test_merge_keys_and_aliases_of_yaml(self) -> None:
         text = """
@@ -348,7 +355,27 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "int8"}, "dtype: 'int8': expected one of float32, float16, bfloat16, float64"),
     ({"dtype": ["float32"]}, "dtype: ['float32']: expected one of"),
     ({"out_dtype": "bf16"}, "out_dtype: 'bf16': expected one of"),
-    ({"tokenizer_source": "union"}, "tokenizer_source: union: choose 'base' or one of the models"),
+    ({"tokenizer": "union"}, "tokenizer: 'union'; expected {source: union, base or PATH, tokens: {...}}"),
+    ({"tokenizer": {"token": 1}}, "tokenizer.token: unknown key; did you mean 'tokens'?"),
+    (
+        {"tokenizer": {"pad_to_multiple_of": 0}},
+        "tokenizer.pad_to_multiple_of: 0; expected a whole number of at least 1",
+    ),
+    ({"tokenizer": {"tokens": ["x"]}}, "tokenizer.tokens: ['x']; expected a mapping {TOKEN: {source: PATH}}"),
+    ({"tokenizer": {"tokens": {1: {}}}}, "tokenizer.tokens: 1: expected a token; write it in quotes"),
+    ({"tokenizer": {"tokens": {"x": "a"}}}, "tokenizer.tokens.x: 'a'; expected {source: PATH, force: true or false}"),
+    ({"tokenizer": {"tokens": {"x": {"sorce": 1}}}}, "tokenizer.tokens.x.sorce: unknown key; did you mean 'source'?"),
+    ({"tokenizer": {"tokens": {"x": {"force": 1}}}}, "tokenizer.tokens.x.force: 1: expected true or false"),
+    ({"tokenizer": {"tokens": {"x": {"force": True}}}}, "tokenizer.tokens.x.source: missing; force says that all"),
+    ({"tokenizer": {"tokens": {"x": {"source": {"kind": "zeros"}}}}}, "tokenizer.tokens.x.source.kind: 'zeros': expe"),
+    (
+        {"tokenizer": {"tokens": {"x": {"source": {"kind": "zero", "model": "a"}}}}},
+        "tokenizer.tokens.x.source.model: unknown key; known: kind",
+    ),
+    (
+        {"tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "a"}}}}},
+        "tokenizer.tokens.x.source: expected one of token, a text, and token_id, a whole number",
+    ),
     ({"tokenizer_source": 5}, "tokenizer_source: expected a path or a hub id, found 5"),
     ({"compat": "mergkit"}, "compat: 'mergkit'; the only value is 'mergekit'"),
     ({"seed": -1}, "seed: -1; expected a whole number from 0"),
@@ -399,7 +426,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}], "residual_weight": 1}], "models": None},
         "slices[0].residual_weight: no method has a use for it, nor has mergekit; leave it out",
     ),
-    ({"tokenizer": {}}, "tokenizer: unknown key; did you mean 'tokenizer_source'?"),
+    ({"tokenizers": {}}, "tokenizers: unknown key; did you mean 'tokenizer'?"),
 ]
 
 

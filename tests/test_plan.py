@@ -15,6 +15,7 @@ from seme import plan as planning
 from seme.config import load
 from seme.errors import CheckpointError, ConfigError, SemeError, TargetError
 from seme.plan import SAME_TENSORS, Plan, TensorPlan
+from seme.sources import Gathered, Rows, StoredTensor
 
 from .checkpoints import CONFIG, decoder, tokenizer, write
 
@@ -367,7 +368,7 @@ class TestTensors:
             plan()
         assert str(e.value) == (
             "b/model.safetensors: tensor lm_head.weight has shape [19, 8], [17, 8] in a/model.safetensors; "
-            "vocabularies differ: give the models one vocabulary first"
+            "vocabularies differ: add tokenizer_source: base, or union for the tokens of all models"
         )
 
     def test_of_equal_size_but_other_shape(self, models: Path) -> None:
@@ -740,18 +741,52 @@ class TestTokenizers:
             "name a model that has one in tokenizer_source, or leave it out"
         )
         plan()
-        for file in ("tokenizer.model", "vocab.txt"):
-            (Path("a") / file).touch()
-            plan(tokenizer_source=source)
-            (Path("a") / file).unlink()
 
-    def test_whose_vocabularies_differ(self, models: Path) -> None:
-        tokenizer(Path("a"), ["x", "y", "z"])
+    def test_whose_vocabularies_differ_are_aligned(self, models: Path) -> None:
+        tokenizer(Path("a"), [f"t{i}" for i in range(17)])
+        tokenizer(Path("b"), [f"t{i}" for i in (1, 0, *range(2, 12), 20)])
+        made = plan(tokenizer_source="a")
+        own, gathered = tensor(made, EMBED).sources
+        assert isinstance(own, StoredTensor)  # nothing to be done
+        assert isinstance(gathered, Gathered)
+        # One row of b each, two of a (t12 to t16 are a's alone).
+        assert gathered.rows == Rows([0, 1, 2, 12, 17], [1, 1, 1, 0], [1, 0, 2, 12])
+        assert all(isinstance(s, StoredTensor) for t in made.tensors if t.name not in (EMBED, HEAD) for s in t.sources)
+        assert made.model_config["vocab_size"] == 17
+        assert not made.tokenizer_files
+
+    def test_rows_without_a_token_are_left_out(self, models: Path) -> None:
+        for name in ("a", "b"):
+            tokenizer(Path(name), [f"t{i}" for i in range(14)])
+        for target, pad in ((14, 1), (16, 8), (20, 20)):
+            made = plan(tokenizer={"source": "base", "pad_to_multiple_of": pad})
+            assert {tensor(made, n).spec.shape for n in (EMBED, HEAD)} == {(target, 8)}
+            assert made.model_config["vocab_size"] == target
+
+    def test_a_union_has_the_tokens_of_all(self, models: Path) -> None:
+        tokenizer(Path("a"), ["x", "y"])
         tokenizer(Path("b"), ["x", "z", "y"])
-        with pytest.raises(CheckpointError) as e:
-            plan(tokenizer_source="a")
-        assert str(e.value) == (
-            "b: its vocabulary differs from a: token 'y' has id 1 there and 2 here; "
-            "merge models of one vocabulary, or leave tokenizer_source out to merge the rows as they are"
-        )
-        plan()  # without it the rows are merged as they are
+        made = plan(tokenizer_source="union")
+        assert tensor(made, EMBED).spec.shape == (3, 8)
+        assert '"content": "z"' in made.tokenizer_files["tokenizer.json"]
+        assert made.tokenizer == Path("a")
+
+    def test_a_model_without_one_numbers_as_the_base_does(self, models: Path) -> None:
+        tokenizer(Path("a"), [f"t{i}" for i in range(17)])
+        made = plan(tokenizer_source="base")
+        assert "b: no tokenizer in it, taken to number its tokens as a does" in made.notes
+        assert all(isinstance(s, StoredTensor) for s in tensor(made, EMBED).sources)
+
+    def test_other_shapes_without_one_name_the_remedy(self, models: Path) -> None:
+        write(Path("b"), decoder(1, vocab=16))
+        with pytest.raises(CheckpointError, match=r"vocabularies differ: add tokenizer_source: base, or union for the"):
+            plan()
+
+    def test_rule_sequence_takes_no_other_vocabulary(self, models: Path) -> None:
+        for name in ("a", "base"):
+            tokenizer(Path(name), [f"t{i}" for i in range(16)])
+        with pytest.raises(ConfigError, match=r"^parameters.rule: sequence runs the models as they are"):
+            plan(
+                merge_method="seme", models=["a"], base_model="base", parameters={"rule": "sequence"},
+                tokenizer_source="base",
+            )  # fmt: skip

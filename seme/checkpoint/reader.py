@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,19 +114,29 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ended early, or the read failed.
         """
+        self.read_pieces(tensor, ((start, buffer),))
+
+    def read_pieces(self, tensor: Stored, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        """Fill several buffers, each from a byte of its own on; much faster than one by one where they are small.
+
+        Raises:
+            CheckpointError: as :meth:`read_into`.
+        """
         if tensor.name in self._loaded:
-            self._copy_loaded(tensor.name, start, buffer)
+            for start, buffer in pieces:
+                self._copy_loaded(tensor.name, start, buffer)
             return
-        done, want = 0, len(buffer)
         try:
             with self._descriptors.use(tensor.file) as descriptor:
-                while done < want:  # one call gives at most 2 GiB
-                    got = os.preadv(descriptor, [buffer[done:]], tensor.offset + start + done)
-                    if got == 0:
-                        raise CheckpointError(
-                            f"{tensor.file}: tensor {tensor.name}: ends {want - done} bytes early; was it changed?"
-                        )
-                    done += got
+                for start, buffer in pieces:
+                    done, want = 0, len(buffer)
+                    while done < want:  # one call gives at most 2 GiB
+                        got = os.preadv(descriptor, [buffer[done:] if done else buffer], tensor.offset + start + done)
+                        if got == 0:
+                            raise CheckpointError(
+                                f"{tensor.file}: tensor {tensor.name}: ends {want - done} bytes early; was it changed?"
+                            )
+                        done += got
         except OSError as e:
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: read failed: {reason(e)}") from e
 
