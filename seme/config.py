@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
+from seme.checkpoint.chat import AUTO, TEMPLATES
 from seme.checkpoint.hub import ModelRef, local_path, same_model
 from seme.dtypes import DType
 from seme.errors import ConfigError, brief, cannot_read
@@ -41,6 +42,7 @@ KEYS = (
     "out_dtype",
     "tokenizer_source",
     "tokenizer",
+    "chat_template",
     "compat",
     "seed",
     "roles",
@@ -203,6 +205,7 @@ class MergeConfig:
     dtype: DType | None
     out_dtype: DType | None
     tokenizer: TokenizerConfig | None
+    chat_template: str | None
     compat: str | None
     source: str
     seed: int = 0
@@ -331,6 +334,7 @@ def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
         dtype=_dtype(data.get("dtype"), "dtype"),
         out_dtype=_dtype(data.get("out_dtype"), "out_dtype"),
         tokenizer=_tokenizer(data, base or sections[0].slices[0].entries[0].ref),
+        chat_template=_chat_template(data.get("chat_template")),
         compat=compat,
         source=source,
         seed=_seed(data.get("seed")),
@@ -542,6 +546,17 @@ def _token_rule(value: Any, where: str) -> TokenRule:
     if len(given) != 1 or not any(isinstance(source.get(k), t) and source[k] is not True for k, t in kinds):
         raise ConfigError(f"{where_source}: expected one of token, a text, and token_id, a whole number")
     return TokenRule(True, _ref(source.get("model"), f"{where_source}.model"), given[0], bool(force), where)
+
+
+def _chat_template(value: Any) -> str | None:
+    names = (AUTO, *TEMPLATES)
+    if value is None or value in names:
+        return None if value is None else str(value)
+    if not isinstance(value, str):
+        raise ConfigError(f"chat_template: {brief(value)}: expected {', '.join(names)} or a Jinja template")
+    if len(value) < 20 or "{" not in value:
+        raise ConfigError(f"chat_template: {brief(value)}: no such template, and no Jinja{suggest(value, names)}")
+    return value
 
 
 def _dtype(value: Any, where: str) -> DType | None:

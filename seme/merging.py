@@ -182,6 +182,8 @@ def _copied(plan: Plan) -> list[Path]:
     if donor.config.get("auto_map"):
         found += sorted(donor.path.glob("*.py"))
     gone = {*plan.tokenizer_files, *(OUTDATED if "tokenizer.json" in plan.tokenizer_files else ())}
+    if plan.config.chat_template is not None:
+        gone.add("chat_template.json")
     names = [name for name in TOKENIZER_FILES if name not in gone]
     return found + [plan.tokenizer / name for name in names if (plan.tokenizer / name).exists()]
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from seme import dtypes
-from seme.checkpoint import Checkpoint, Layout, ModelRef, check_free, layout, locate, resolve, same_model
+from seme.checkpoint import Checkpoint, Layout, ModelRef, chat, check_free, layout, locate, resolve, same_model
+from seme.checkpoint.tokenizer import VOCABULARY_FILES
 from seme.config import MergeConfig, ModelEntry, Parameter, Section, Slice, suggest
 from seme.dtypes import DType
 from seme.errors import CheckpointError, ConfigError, TargetError, brief
@@ -271,9 +272,25 @@ def _plan(
     read = sum(s.nbytes for t in tensors for s in t.sources)
     notes = list(dict.fromkeys(notes))
     tokenizer, files = (folders[donor], {}) if alignment is None else (alignment.folder, alignment.files)
+    if config.chat_template is not None:
+        files = _with_template(config.chat_template, folders, tokenizer, files, notes)
+        notes = list(dict.fromkeys(notes))
     return Plan(
         config, method, models, donor, model_config, tokenizer, files, tensors, where, out_dtype, read, tuple(notes)
     )
+
+
+def _with_template(
+    wanted: str, folders: list[Path], tokenizer: Path, files: Mapping[str, str], notes: list[str]
+) -> Mapping[str, str]:
+    """The tokenizer's files with the chat template that the recipe asks for."""
+    if not any((tokenizer / name).exists() for name in VOCABULARY_FILES):
+        raise CheckpointError(f"{tokenizer}: no tokenizer in it that a chat_template could be of; leave that out")
+    template = chat.choose(wanted, folders)
+    if template is None:
+        notes.append("chat_template: none of the models has one")
+        return files
+    return chat.with_template(tokenizer, files, template)
 
 
 def _vocabulary_size(model: Model) -> int:

@@ -426,6 +426,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}], "residual_weight": 1}], "models": None},
         "slices[0].residual_weight: no method has a use for it, nor has mergekit; leave it out",
     ),
+    ({"chat_template": "chatlm"}, "chat_template: 'chatlm': no such template, and no Jinja; did you mean 'chatml'?"),
+    ({"chat_template": "x" * 30}, "chat_template: 'xxx"),
+    ({"chat_template": 5}, "chat_template: 5: expected auto, alpaca, chatml, exaone, llama3, mistral or a Jinja"),
     ({"tokenizers": {}}, "tokenizers: unknown key; did you mean 'tokenizer'?"),
 ]
 

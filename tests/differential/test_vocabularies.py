@@ -246,3 +246,24 @@ def test_gpt2(model: Models, oracle: Oracle, tmp_path: Path) -> None:
     for name in mine:
         expected = their[name][order] if name.endswith("wte.weight") else their[name]
         assert torch.equal(mine[name], expected), name
+
+
+OWN = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("name", ["chatml", "mistral", "auto", OWN])
+def test_chat_templates(name: str, models: dict[str, str], oracle: Oracle, tmp_path: Path) -> None:
+    """(mergekit's alpaca, exaone and llama3 have more blanks and line breaks than the formats.)"""
+    from transformers import AutoTokenizer
+
+    for member, template in (("base", "{{ messages[0].role }}"), ("a", "x{{ bos_token }}"), ("b", "x{{ bos_token }}")):
+        (Path(models[member]) / "chat_template.jinja").write_text(template)
+        settings = Path(models[member]) / "tokenizer_config.json"
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "bos_token": "a", "eos_token": "b"}))
+    text = Template(f"{TASK}tokenizer_source: base\nchat_template: '{name}'\n").substitute(models)
+    turns = [{"role": r, "content": f"{r}!"} for r in ("system", "user", "assistant", "user")]
+    said = {
+        AutoTokenizer.from_pretrained(f).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        for f in run_both(text, oracle, tmp_path, tokenizer=True)
+    }
+    assert len(said) == 1, said
