@@ -33,6 +33,8 @@ DENSITY = 0.2
 WEIGHTS = (0.4, 0.35, 0.25)
 ALL = 1 << 62
 NARROW = 21
+OUTLIER = 128
+"""Twice the threshold, in steps of the bfloat16 key."""
 
 Tensors = list[torch.Tensor]
 
@@ -116,6 +118,27 @@ def torch_ties(tensors: Tensors, key: int) -> torch.Tensor:
     return total.div_(share).add_(base)
 
 
+def torch_band_sum(tensors: Tensors, key: int) -> torch.Tensor:
+    """Sum of the parts of task vectors between two known thresholds, in bfloat16."""
+    base, *tuned = tensors
+    smallest, outlier = magnitude(key), magnitude(key + OUTLIER)
+    total = base.clone()
+    for tensor, weight in zip(tuned, WEIGHTS, strict=True):
+        delta = tensor - base
+        size = delta.abs()
+        total.add_(delta.mul_((size >= smallest) & (size < outlier)), alpha=weight)
+    return total
+
+
+def torch_dare(tensors: Tensors) -> torch.Tensor:
+    """Sum of random parts of task vectors, in bfloat16."""
+    base, *tuned = tensors
+    total = base.clone()
+    for tensor, weight in zip(tuned, WEIGHTS, strict=True):
+        total.add_((tensor - base).mul_(torch.empty_like(base).bernoulli_(DENSITY)), alpha=weight)
+    return total
+
+
 def torch_inner_products(tensors: Tensors) -> torch.Tensor:
     """Gram matrix in float32."""
     stacked = torch.stack([t.float() for t in tensors])
@@ -166,6 +189,8 @@ def cases(key: int) -> dict[str, Case]:
     # In float32 the keys do not all fit: a window of 2^NARROW of them, with the threshold in its middle.
     lowest = (key << 16) - (1 << NARROW >> 1)
 
+    random = {"chances": [round(DENSITY * 2**32)] * 3, "seeds": [1, 2, 3]}
+
     # About one element in a hundred lies on the threshold; a quota of one in a thousand cuts among them.
     def ties_with_quota(t: Tensors, **o: Any) -> torch.Tensor:
         return bf16(ops.ties, WEIGHTS, thresholds=three, tie_quotas=[len(t[0]) // 1000] * 3)(t, **o)
@@ -177,6 +202,18 @@ def cases(key: int) -> dict[str, Case]:
         "weighted_sum 3": Case(3, True, lambda t, **o: ops.weighted_sum(t, WEIGHTS, **o), torch_weighted_sum),
         "weighted_sum 2": Case(2, True, lambda t, **o: ops.weighted_sum(t, WEIGHTS[:2], **o), torch_weighted_sum),
         "task_vector_sum 1+3": Case(4, True, bf16(ops.task_vector_sum, WEIGHTS), torch_task_vector_sum),
+        "task_vector_sum 1+3, band": Case(
+            4,
+            True,
+            bf16(
+                ops.task_vector_sum,
+                WEIGHTS,
+                thresholds=[*three, *[key + OUTLIER] * 3],
+                tie_quotas=[*[ALL] * 3, *[0] * 3],
+            ),
+            lambda t: torch_band_sum(t, key),
+        ),
+        "task_vector_sum 1+3, random": Case(4, True, bf16(ops.task_vector_sum, WEIGHTS, **random), torch_dare),
         "ties 1+3": Case(
             4,
             True,

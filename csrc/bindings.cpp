@@ -124,14 +124,30 @@ static void nonfinite(const std::vector<PyView>& tensors, const PyView& out, int
 
 // Ops on task vectors: tensors[0] is the base, and the other arguments have one entry for each of the others.
 
-static void task_vector_sum(const std::vector<PyView>& tensors, const Reals& weights, double divisor, double scale,
-                            int compute, const PyView& out, int threads) {
+// thresholds, quotas, chances, seeds, offset
+using PySelection = std::tuple<Integers, Integers, Integers, Integers, int64_t>;
+
+static seme::Selection selection_of(const PySelection& s, size_t count) {
+    const auto& [thresholds, quotas, chances, seeds, offset] = s;
+    if (thresholds.size() != 2 * count && !thresholds.empty()) check_count(thresholds.size(), count, "thresholds");
+    check_count(quotas.size(), thresholds.size(), "tie_quotas");
+    if (!chances.empty()) check_count(chances.size(), count, "chances");
+    check_count(seeds.size(), chances.size(), "seeds");
+    if (offset < 0) throw std::invalid_argument("offset is negative");
+    return {thresholds, quotas, chances, seeds, offset};
+}
+
+static void task_vector_sum(const std::vector<PyView>& tensors, const Reals& weights, const Reals& factors,
+                            const PySelection& selection, double divisor, double scale, int compute, const PyView& out,
+                            int threads) {
     View o = view_of(out);
     auto t = views_of(tensors, o.n);
     check_count(weights.size(), t.size() - 1, "weights");
+    check_count(factors.size(), t.size() - 1, "factors");
+    const auto s = selection_of(selection, t.size() - 1);
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
-    seme::cpu::task_vector_sum(t, weights, divisor, scale, c, o, threads);
+    seme::cpu::task_vector_sum(t, weights, factors, s, divisor, scale, c, o, threads);
 }
 
 static void magnitude_histogram(const std::vector<PyView>& tensors, const Integers& lowest, const Integers& shift,
@@ -173,36 +189,34 @@ static void add_int64(uintptr_t total, uintptr_t other, int64_t n) {
 static void tie_counts(const std::vector<PyView>& tensors, const Integers& thresholds, int compute, const PyView& out,
                        int threads) {
     auto t = views_of(tensors);
-    check_count(thresholds.size(), t.size() - 1, "thresholds");
+    if (thresholds.size() != 2 * (t.size() - 1)) check_count(thresholds.size(), t.size() - 1, "thresholds");
     int64_t* o = results_of<int64_t>(out, int64_t(thresholds.size()));
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
     seme::cpu::tie_counts(t, thresholds, c, o, threads);
 }
 
-static void ties(const std::vector<PyView>& tensors, const Reals& weights, const Integers& thresholds,
-                 const Integers& tie_quotas, const Reals& factors, bool normalize, double scale, int compute,
-                 const PyView& out, int threads) {
+static void ties(const std::vector<PyView>& tensors, const Reals& weights, const Reals& factors,
+                 const PySelection& selection, bool normalize, double scale, int compute, const PyView& out,
+                 int threads) {
     View o = view_of(out);
     auto t = views_of(tensors, o.n);
     check_count(weights.size(), t.size() - 1, "weights");
-    check_count(thresholds.size(), t.size() - 1, "thresholds");
-    check_count(tie_quotas.size(), t.size() - 1, "tie_quotas");
     check_count(factors.size(), t.size() - 1, "factors");
+    const auto s = selection_of(selection, t.size() - 1);
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
-    seme::cpu::ties(t, weights, thresholds, tie_quotas, factors, normalize, scale, c, o, threads);
+    seme::cpu::ties(t, weights, factors, s, normalize, scale, c, o, threads);
 }
 
-static void trimmed_l1(const std::vector<PyView>& tensors, const Integers& thresholds, const Integers& tie_quotas,
-                       int compute, const PyView& out, int threads) {
+static void trimmed_l1(const std::vector<PyView>& tensors, const PySelection& selection, int compute, const PyView& out,
+                       int threads) {
     auto t = views_of(tensors);
-    check_count(thresholds.size(), t.size() - 1, "thresholds");
-    check_count(tie_quotas.size(), t.size() - 1, "tie_quotas");
-    double* o = results_of<double>(out, seme::blocks(t[0].n) * int64_t(thresholds.size()) * 2);
+    const auto s = selection_of(selection, t.size() - 1);
+    double* o = results_of<double>(out, seme::blocks(t[0].n) * int64_t(t.size() - 1) * 2);
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
-    seme::cpu::trimmed_l1(t, thresholds, tie_quotas, c, o, threads);
+    seme::cpu::trimmed_l1(t, s, c, o, threads);
 }
 
 // What surrounds the products of the matrix ops.

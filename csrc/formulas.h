@@ -16,13 +16,15 @@ struct WeightedSum {
     static SEME_HD T finish(T sum, T divisor) { return C::round(sum / divisor); }
 };
 
-// What the ops on task vectors share: the element d = x - b of a task vector, and the end of a merge, where
-// the merged task vector is divided, scaled and added to the base. (x / 1 and x * 1 change nothing, so they
-// may be skipped.)
+// What the ops on task vectors share: the element d = x - b of a task vector, 0 where it is not kept, and the end of a
+// merge, where the merged task vector is divided, scaled and added to the base. (x / 1 and x * 1 change nothing, so
+// they may be skipped.)
 template <class C>
 struct TaskVector {
     using T = typename C::T;
     static SEME_HD T delta(T x, T b) { return C::round(x - b); }
+    // The share of what is kept of it in the sum.
+    static SEME_HD T term(T w, T d, T factor) { return C::round(w * scale(d, factor)); }
     static SEME_HD T divide(T s, T divisor) { return divisor == T(1) ? s : C::round(s / divisor); }
     static SEME_HD T scale(T s, T factor) { return factor == T(1) ? s : C::round(s * factor); }
     static SEME_HD T add(T b, T s) { return C::round(b + s); }
@@ -33,7 +35,6 @@ template <class C>
 struct TaskVectorSum {
     using T = typename C::T;
     using V = TaskVector<C>;
-    static SEME_HD T term(T w, T d) { return C::round(w * d); }
     static SEME_HD T finish(T b, T sum, T divisor, T scale) {
         return V::add(b, V::scale(V::divide(C::round(sum), divisor), scale));
     }
@@ -65,13 +66,12 @@ struct Window {
     SEME_HD Key rest(Key key) const { return (key - lowest) & mask; }
 };
 
-// ties: trim, weight, elect the sign of the sum, average the terms that have it. All sums start at 0 and are held
-// in C::T in the order of the inputs; a trimmed element is 0.
+// ties: weight, elect the sign of the sum, average the terms that have it. All sums start at 0 and are held in C::T in
+// the order of the inputs; an element that is not kept is 0.
 template <class C>
 struct Ties {
     using T = typename C::T;
     using V = TaskVector<C>;
-    static SEME_HD T term(T w, T d, bool kept, T factor) { return C::round(w * V::scale(keep_if(kept, d), factor)); }
     // The elected sign, 1 or -1, of a sum that has been rounded: +1 for 0, -1 for NaN.
     static SEME_HD T elect(T sum) { return T(-1) + keep_if(sum >= T(0), T(2)); }
     static SEME_HD T sign(T sum) { return elect(C::round(sum)); }

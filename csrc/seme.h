@@ -37,6 +37,17 @@ constexpr int64_t kBlock = 8192;
 
 inline int64_t blocks(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
+// What the ops on task vectors keep of each of the n task vectors. Empty vectors keep all.
+struct Selection {
+    // [n] or [2 n]. Keys above the first n thresholds stay, and the first `quotas` elements whose key equals them. What
+    // would stay by the second n is dropped.
+    std::vector<int64_t> thresholds, quotas;
+    // [n]. Of what stays, an element is kept with a chance of chances[i] / 2^32, by a number that depends on the key
+    // seeds[i] and the element's index: `offset` + its place in the call. See philox.h.
+    std::vector<int64_t> chances, seeds;
+    int64_t offset = 0;
+};
+
 namespace cpu {
 
 void weighted_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor, DType compute,
@@ -49,24 +60,23 @@ void inner_products(const std::vector<View>& tensors, DType compute, double* out
 void nonfinite(const std::vector<View>& tensors, bool zero, int64_t* out, int threads);
 
 // Ops on task vectors: tensors[0] is the base, the n others have one entry each in the other vectors.
-void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor, double scale,
+void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights,
+                     const std::vector<double>& factors, const Selection& selection, double divisor, double scale,
                      DType compute, View out, int threads);
 
 // Adds to out[n, kBins + 2].
 void magnitude_histogram(const std::vector<View>& tensors, const std::vector<int64_t>& lowest,
                          const std::vector<int64_t>& shift, DType compute, int64_t* out, int threads);
 
-// Adds to out[n].
+// Adds to out[thresholds].
 void tie_counts(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds, DType compute, int64_t* out,
                 int threads);
 
-void ties(const std::vector<View>& tensors, const std::vector<double>& weights, const std::vector<int64_t>& thresholds,
-          const std::vector<int64_t>& tie_quotas, const std::vector<double>& factors, bool normalize, double scale,
-          DType compute, View out, int threads);
+void ties(const std::vector<View>& tensors, const std::vector<double>& weights, const std::vector<double>& factors,
+          const Selection& selection, bool normalize, double scale, DType compute, View out, int threads);
 
 // out[blocks, n, 2]
-void trimmed_l1(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds,
-                const std::vector<int64_t>& tie_quotas, DType compute, double* out, int threads);
+void trimmed_l1(const std::vector<View>& tensors, const Selection& selection, DType compute, double* out, int threads);
 
 // What surrounds the matrix products of the matrix ops (seme/ops/_matrix.py). Sums and products are float32, or float64
 // where an operand of the op is; matrices called z, dots, delta and residual are of that type.

@@ -23,16 +23,21 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def tie_counts_kernel(tensors, thresholds, counts, n, blocks, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """tensors: the base, then the others. counts[i, block]: the keys of tensor i that equal its threshold."""
+def tie_counts_kernel(
+    tensors, thresholds, counts, n, blocks, CUTS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """tensors: the base, then the others. counts[c * others + i, block]: the keys of tensor i that equal its threshold
+    of cut c."""
     block = tl.program_id(0).to(tl.int64)
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     base = load(tensors[0], offsets, mask, COMPUTE)
     for i in tl.static_range(1, len(tensors)):
         key = magnitude_key(round_to(load(tensors[i], offsets, mask, COMPUTE) - base, COMPUTE), COMPUTE)
-        tie = mask & (key == key_bound(tl.load(thresholds + i - 1), COMPUTE))
-        tl.store(counts + (i - 1) * blocks + block, tl.sum(tie.to(tl.int64), axis=0))
+        for c in tl.static_range(CUTS):
+            at = c * (len(tensors) - 1) + i - 1
+            tie = mask & (key == key_bound(tl.load(thresholds + at), COMPUTE))
+            tl.store(counts + at * blocks + block, tl.sum(tie.to(tl.int64), axis=0))
 
 
 def block_ties(
@@ -42,13 +47,13 @@ def block_ties(
     block: int,
     shape: Flat | None = None,
 ) -> torch.Tensor:
-    """int64 [n, blocks]: how many keys of each block of `block` elements equal the threshold of their tensor."""
+    """int64 [thresholds, blocks]: how many keys of each block of `block` elements equal the threshold."""
     shape = (shape or flat("tie_counts", thresholds.device)).holding(block)
     blocks = triton.cdiv(tensors[0].numel(), block)
-    counts = thresholds.new_empty(len(tensors) - 1, blocks)
+    counts = thresholds.new_empty(thresholds.numel(), blocks)
     tie_counts_kernel[(blocks,)](
         tuple(tensors), thresholds, counts, tensors[0].numel(), blocks,
-        COMPUTE=compute_dtype.name, BLOCK=block, **shape.options(),
+        CUTS=thresholds.numel() // (len(tensors) - 1), COMPUTE=compute_dtype.name, BLOCK=block, **shape.options(),
     )  # fmt: skip
     return counts
 
@@ -61,7 +66,7 @@ def launch(
     compute_dtype: DType,
     shape: Flat | None = None,
 ) -> None:
-    """Run on flat, contiguous tensors, the base first; adds to `out`, int64 [n]."""
+    """Run on flat, contiguous tensors, the base first; adds to `out`, int64 of every threshold."""
     import torch
 
     if tensors[0].numel() == 0 or len(tensors) == 1:

@@ -7,16 +7,14 @@ all inputs have been read; so the sums are kept for both signs, and the inputs a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
 
-from seme.ops._task_vectors import UNLIMITED
-
-from .numeric import divide, held, key_bound, load, magnitude_key, round_to, store
+from .numeric import divide, held, load, round_to, store
+from .selection import arguments, kept
 from .tables import Flat, flat, table
-from .tie_counts import block_ties
 
 if TYPE_CHECKING:
     import torch
@@ -28,20 +26,26 @@ if TYPE_CHECKING:
 def ties_kernel(
     tensors,
     reals,
-    integers,
+    cuts,
     tie_ends,
+    draws,
+    offset,
     out,
     n,
     blocks,
     NORMALIZE: tl.constexpr,
+    CUTS: tl.constexpr,
     RANKED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """tensors: the base, then the others.
 
-    reals: scale, then weight and factor of each input, in float64; integers: threshold and tie quota of each, in
-    int64; tie_ends[i, block]: ties of input i up to the end of the block, read only if RANKED: a quota binds.
+    reals: scale, then weight and factor of each input, in float64; cuts: threshold and tie quota of each cut, in int64;
+    tie_ends[cut, block]: ties up to the end of the block, read only if RANKED: a quota binds; draws: chance and key of
+    each input, read only if DRAWN; offset: index of the first element.
     """
     block = tl.program_id(0).to(tl.int64)
     offsets = block * BLOCK + tl.arange(0, BLOCK)
@@ -55,18 +59,11 @@ def ties_kernel(
     for i in tl.static_range(1, len(tensors)):
         weight = held(tl.load(reals + 2 * i - 1), COMPUTE)
         factor = held(tl.load(reals + 2 * i), COMPUTE)
-        threshold = key_bound(tl.load(integers + 2 * i - 2), COMPUTE)
-        quota = tl.load(integers + 2 * i - 1)
         delta = round_to(load(tensors[i], offsets, mask, COMPUTE) - base, COMPUTE)
-        key = magnitude_key(delta, COMPUTE)
-        tie = key == threshold
-        if RANKED:
-            before = tl.load(tie_ends + (i - 1) * blocks + block - 1, mask=block > 0, other=0)
-            here = tl.load(tie_ends + (i - 1) * blocks + block) - before
-            quota -= before
-            if (quota > 0) & (quota < here):
-                tie = tie & (tl.cumsum(tie.to(tl.int32), 0) <= quota)
-        part = tl.where((key > threshold) | (tie & (quota > 0)), delta, 0.0)
+        part = kept(
+            delta, tl.arange(0, BLOCK), cuts, tie_ends, draws, offset, i - 1, len(tensors) - 1, block, blocks,
+            CUTS, RANKED, DRAWN, ALIGNED, COMPUTE,
+        )  # fmt: skip
         if factor != 1:
             part = round_to(part * factor, COMPUTE)
         part = round_to(part * weight, COMPUTE)
@@ -93,13 +90,12 @@ def launch(
     out: torch.Tensor,
     *,
     weights: Sequence[float],
-    thresholds: Sequence[int],
-    tie_quotas: Sequence[int],
     factors: Sequence[float],
     normalize: bool,
     scale: float,
     compute_dtype: DType,
     shape: Flat | None = None,
+    **selection: Any,
 ) -> None:
     """Run on flat, contiguous tensors, the base first; writes `out`."""
     import torch
@@ -108,14 +104,10 @@ def launch(
     if n == 0:
         return
     reals = table([scale, *(v for pair in zip(weights, factors) for v in pair)], torch.float64, out.device)
-    integers = table([v for pair in zip(thresholds, tie_quotas) for v in pair], torch.int64, out.device)
     shape = shape or flat("ties", out.device)
-    ranked = any(0 < quota < UNLIMITED for quota in tie_quotas)
-    tie_ends = integers
-    if ranked:
-        tie_ends = block_ties(tensors, integers[::2].contiguous(), compute_dtype, shape.elements).cumsum(1)
+    chosen, constants = arguments(tensors, selection, compute_dtype, shape.elements)
     blocks = triton.cdiv(n, shape.elements)
     ties_kernel[(blocks,)](
-        tuple(tensors), reals, integers, tie_ends, out, n, blocks,
-        NORMALIZE=normalize, RANKED=ranked, COMPUTE=compute_dtype.name, BLOCK=shape.elements, **shape.options(),
+        tuple(tensors), reals, *chosen, out, n, blocks,
+        NORMALIZE=normalize, **constants, COMPUTE=compute_dtype.name, BLOCK=shape.elements, **shape.options(),
     )  # fmt: skip

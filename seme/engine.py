@@ -182,7 +182,9 @@ class _Task:
         self.seen = sum(c.numel for c in chunks)
         self.partial: dict[int, array[Any]] = {}
         self.shape: tuple[int, ...] = pass_.result.shape
-        self.counted: dict[int, list[int]] = {0: [0] * (len(pass_.inputs) - 1)}
+        self.counted: dict[int, list[int]] = {}
+        if pass_.countdown is not None:
+            self.counted[0] = [0] * len(pass_.params[pass_.countdown.parameter])
         self.turn = threading.Condition()
         return chunks
 
@@ -396,7 +398,7 @@ class Engine:
         assert pass_ is not None
         inputs = [(i, plan.sources[i].dtype) for i in pass_.inputs]
         kept: Mapping[int, Any] = task.kept.get((chunk.start, chunk.numel), {})
-        new = [(i, dtype) for i, dtype in inputs if i not in kept]
+        new = [(i, dtype) for i, dtype in dict.fromkeys(inputs) if i not in kept]
         read = self._read(runtime, plan, new, chunk)
         with self._computing:
             if self.options.nonfinite == "zero":
@@ -463,7 +465,7 @@ class Engine:
         assert pass_ is not None
         countdown = pass_.countdown
         assert countdown is not None
-        counts = array("q", bytes(8 * (len(inputs) - 1)))
+        counts = array("q", bytes(8 * len(pass_.params[countdown.parameter])))
         with self._computing:
             out = View(counts.buffer_info()[0], len(counts), INT64)
             runtime.run(countdown.op, countdown.params, inputs, chunk.numel, out, (len(counts),))

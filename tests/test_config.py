@@ -537,7 +537,11 @@ def test_the_docs_list_every_key_and_every_parameter_with_its_default() -> None:
     text = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
     keys, *sections = text.split("### ")
     assert tuple(re.findall(r"^\| `(\w+)` \|", keys, re.MULTILINE)) == KEYS
-    listed = {s.split("`")[1]: re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|", s, re.MULTILINE) for s in sections}
+    listed = {
+        name: re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|", s, re.MULTILINE)
+        for s in sections
+        for name in re.findall(r"`(\w+)`", s.partition("\n")[0])
+    }
     expected = {}
     for name, method in methods().items():
         expected[name] = [

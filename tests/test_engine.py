@@ -77,6 +77,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"models": ["a", "b", "c"], "parameters": {"weight": 0.3, "lambda": 0.9}},
     "task_arithmetic, normalized": {"models": ["a", "b"], "parameters": {"weight": 0.3, "normalize": True}},
     "slerp": {"models": ["a"], "parameters": {"t": 0.3}},
+    "breadcrumbs": {"models": ["a", "b"], "parameters": {"weight": 0.5, "density": 0.4, "gamma": 0.1}},
+    "breadcrumbs_ties, rescaled": {
+        "models": ["a", "b", "c"],
+        "parameters": {"weight": 0.5, "density": 0.4, "gamma": 0.3, "rescale": True},
+    },
+    "dare_linear": {"models": ["a", "b"], "parameters": {"weight": 0.5, "density": 0.4}, "seed": 7},
+    "dare_ties, not rescaled": {"models": ["a", "b"], "parameters": {"weight": 0.5, "density": 0.4, "rescale": False}},
     "ties": {"models": ["a", "b", "c"], "parameters": {"weight": 0.5, "density": 0.4}},
     "ties, one expert trimmed hard": {"models": ["a", "b", "c"], "parameters": {"weight": 1, "density": 0.01}},
     "ties, rescaled": {"models": ["a", "b"], "parameters": {"weight": 0.5, "density": 0.3, "rescale": True}},
@@ -101,7 +108,9 @@ def expected(config: dict[str, Any], stored: dict[str, Tensors]) -> Tensors:
     found = {}
     for t in plan.tensors:
         inputs = [stored[m.ref.path][t.name] for m in plan.models]
-        found[t.name] = inputs[0] if t.copy else plan.method.reference(inputs, base=t.group.base, **t.arguments)
+        drawn = {"name": t.name, "seed": t.group.seed} if plan.method.name.startswith("dare") and not t.copy else {}
+        arguments = {**t.arguments, **drawn}
+        found[t.name] = inputs[0] if t.copy else plan.method.reference(inputs, base=t.group.base, **arguments)
     return found
 
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "../formulas.h"
-#include "tile.h"
+#include "draws.h"
 
 namespace seme::cpu {
 
@@ -41,57 +41,107 @@ typename C::Key as_key(int64_t threshold) {
 
 constexpr int64_t kUnlimited = int64_t(1) << 62;  // a tie quota from here on keeps every tie
 
-// Thresholds and quotas of the task vectors, and where they stand at the beginning of any block.
-struct Cuts {
-    Cuts(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds, const std::vector<int64_t>& quotas,
-         DType compute, int threads);
+// The selection of a call, and where its quotas stand at the beginning of any block.
+struct Selected {
+    Selected(const std::vector<View>& tensors, const Selection& selection, DType compute, int threads);
 
-    const std::vector<int64_t>& thresholds;
-    const std::vector<int64_t>& quotas;
-    std::vector<int64_t> ties;  // [blocks, task vectors]: ties in the blocks before; empty if the call needs none
+    const Selection& selection;
+    const size_t count;         // of task vectors
+    std::vector<int64_t> ties;  // [blocks, thresholds]: ties in the blocks before; empty if the call needs none
 
     int64_t quota(size_t i, int64_t block) const {
-        if (quotas[i] >= kUnlimited || ties.empty()) return quotas[i];
-        return quotas[i] - ties[block * quotas.size() + i];
+        const int64_t quota = selection.quotas[i];
+        return quota >= kUnlimited || ties.empty() ? quota : quota - ties[block * selection.quotas.size() + i];
     }
 };
 
-// The trim of one task vector, tile after tile: keys above the threshold stay, and the first ties with it.
+// A cut through the magnitudes of one task vector, tile after tile: what lies above it are keys above the threshold,
+// and the first ties with it.
 template <class C>
-struct Trim {
+struct Cut {
     using T = typename C::T;
     using Key = typename C::Key;
     Key threshold;
     int64_t quota;
 
-    // Elements whose key is above the returned one are kept. In the one tile where the quota ends, the ties
-    // that are not kept are set to 0 in d.
-    SEME_INLINE Key next(T* d, int64_t n) {
+    // d = 0 where the element does not lie above.
+    SEME_INLINE void keep(T* d, int64_t n) {
+        const Key last = part(d, n, threshold - 1, [](T& x, bool above) SEME_LAMBDA { x = above ? x : T(0); });
+        if (last >= 0)
+            for (int64_t j = 0; j < n; ++j) d[j] = keep_if(C::key(d[j]) > last, d[j]);
+    }
+
+    // d = 0 where the element lies above.
+    SEME_INLINE void drop(T* d, int64_t n) {
+        const Key last = part(d, n, threshold, [](T& x, bool above) SEME_LAMBDA { x = above ? T(0) : x; });
+        for (int64_t j = 0; j < n; ++j) d[j] = keep_if(C::key(d[j]) <= last, d[j]);
+    }
+
+  private:
+    // Keys after the returned one lie above. In the one tile where the quota ends the ties are dealt with one by one,
+    // and `dealt` is returned.
+    template <class F>
+    SEME_INLINE Key part(T* d, int64_t n, Key dealt, const F& tie) {
         if (quota <= 0) return threshold;
         if (quota < kUnlimited) {
             const int64_t ties = count_ties<C>(d, n, threshold);
             if (ties > quota) {
                 for (int64_t j = 0; j < n; ++j)
-                    if (C::key(d[j]) == threshold && quota-- <= 0) d[j] = T(0);
+                    if (C::key(d[j]) == threshold) tie(d[j], quota-- > 0);
                 quota = 0;
-            } else {
-                quota -= ties;
+                return dealt;
             }
+            quota -= ties;
         }
         return threshold - 1;
     }
 };
 
-// Trims of all task vectors from a block on.
+// What is kept of one task vector, tile after tile.
 template <class C>
-std::vector<Trim<C>> trims_from(const Cuts& cuts, int64_t block) {
-    std::vector<Trim<C>> trims;
-    for (size_t i = 0; i < cuts.quotas.size(); ++i)
-        trims.push_back({as_key<C>(cuts.thresholds[i]), cuts.quota(i, block)});
-    return trims;
+struct Keep {
+    using T = typename C::T;
+    std::vector<Cut<C>> cuts;  // the first keeps what lies above it, the second drops it
+    int64_t chance = kCertain, offset = 0;
+    uint64_t key = 0;
+
+    // d = 0 where the element is not kept, of the n elements from place `at` on.
+    SEME_INLINE void apply(T* d, int64_t at, int64_t n) {
+        if (cuts.size() > 0) cuts[0].keep(d, n);
+        if (cuts.size() > 1) cuts[1].drop(d, n);
+        if (chance < kCertain) draw(d, offset + at, n);
+    }
+
+  private:
+    SEME_INLINE void draw(T* d, int64_t e, int64_t n) const {
+        int32_t memory[kDraws];
+        int32_t* upper = upper_halves(key, e, n, memory);
+        const int32_t bound = int32_t(chance >> 16);
+        int32_t open = 0;
+        for (int64_t j = 0; j < n; ++j) open += upper[j] == bound;
+        if (open > 0)
+            for (int64_t j = 0; j < n; ++j)
+                if (upper[j] == bound && is_drawn(bound, chance, key, e + j)) upper[j] = -1;
+        for (int64_t j = 0; j < n; ++j) d[j] = keep_if(upper[j] < bound, d[j]);
+    }
+};
+
+// What is kept of every task vector from a block on.
+template <class C>
+std::vector<Keep<C>> keep_from(const Selected& selected, int64_t block) {
+    std::vector<Keep<C>> keep(selected.count);
+    const auto& thresholds = selected.selection.thresholds;
+    for (size_t i = 0; i < thresholds.size(); ++i)
+        keep[i % selected.count].cuts.push_back({as_key<C>(thresholds[i]), selected.quota(i, block)});
+    for (size_t i = 0; i < selected.selection.chances.size(); ++i) {
+        keep[i].chance = selected.selection.chances[i];
+        keep[i].key = uint64_t(selected.selection.seeds[i]);
+        keep[i].offset = selected.selection.offset;
+    }
+    return keep;
 }
 
-// Ties of every block with the thresholds, [blocks, task vectors].
+// Ties of every block with the thresholds, [blocks, thresholds].
 std::vector<int64_t> block_ties(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds, DType compute,
                                 int threads);
 

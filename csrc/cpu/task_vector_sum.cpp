@@ -4,29 +4,41 @@
 namespace seme::cpu {
 namespace {
 
+struct Factors {
+    const std::vector<double>& weights;
+    const std::vector<double>& factors;
+    double divisor, scale;
+};
+
 template <class C>
 struct Body {
     using T = typename C::T;
 
-    static SEME_INLINE void run(const std::vector<View>* tensors, const double* weights, double divisor, double scale,
-                                View out, int64_t begin, int64_t end) {
+    static SEME_INLINE void run(const std::vector<View>* tensors, const Factors* factors, const Selected* selected,
+                                View out, int64_t b0, int64_t b1) {
+        auto keep = keep_from<C>(*selected, b0);
+        const T divisor = T(factors->divisor);
         T base[kTile], d[kTile], sum[kTile];
-        for (int64_t at = begin; at < end; at += kTile) {
+        const int64_t end = std::min(out.n, b1 * kBlock);
+        for (int64_t at = b0 * kBlock; at < end; at += kTile) {
             const int64_t n = std::min(kTile, end - at);
             load_tile<C>((*tensors)[0], at, n, base);
             for (size_t i = 1; i < tensors->size(); ++i) {
-                const T w = T(weights[i - 1]);
+                const T w = T(factors->weights[i - 1]), factor = T(factors->factors[i - 1]);
                 load_delta<C>((*tensors)[i], at, n, base, d);
+                keep[i - 1].apply(d, at, n);
+                if (factor != T(1))
+                    for (int64_t j = 0; j < n; ++j) d[j] = C::round(d[j] * factor);
                 if (i == 1)
-                    for (int64_t j = 0; j < n; ++j) sum[j] = TaskVectorSum<C>::term(w, d[j]);
+                    for (int64_t j = 0; j < n; ++j) sum[j] = TaskVector<C>::term(w, d[j], T(1));
                 else
-                    for (int64_t j = 0; j < n; ++j) sum[j] += TaskVectorSum<C>::term(w, d[j]);
+                    for (int64_t j = 0; j < n; ++j) sum[j] += TaskVector<C>::term(w, d[j], T(1));
             }
             if (tensors->size() > 1) {
                 for (int64_t j = 0; j < n; ++j) sum[j] = C::round(sum[j]);
-                if (divisor != 1.0)
-                    for (int64_t j = 0; j < n; ++j) sum[j] = C::round(sum[j] / T(divisor));
-                add_scaled<C>(base, sum, n, scale);
+                if (divisor != T(1))
+                    for (int64_t j = 0; j < n; ++j) sum[j] = C::round(sum[j] / divisor);
+                add_scaled<C>(base, sum, n, factors->scale);
             }
             store_tile(base, n, out, at);
         }
@@ -35,12 +47,13 @@ struct Body {
 
 }  // namespace
 
-void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor, double scale,
+void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights,
+                     const std::vector<double>& factors, const Selection& selection, double divisor, double scale,
                      DType compute, View out, int threads) {
-    parallel_blocks(blocks(out.n), threads, [&](int64_t b0, int64_t b1) {
-        run_computed<Body>(compute, &tensors, weights.data(), divisor, scale, out, b0 * kBlock,
-                           std::min(out.n, b1 * kBlock));
-    });
+    const Selected selected(tensors, selection, compute, threads);
+    const Factors f{weights, factors, divisor, scale};
+    parallel_blocks(blocks(out.n), threads,
+                    [&](int64_t b0, int64_t b1) { run_computed<Body>(compute, &tensors, &f, &selected, out, b0, b1); });
 }
 
 }  // namespace seme::cpu

@@ -14,7 +14,6 @@ struct Factors {
 template <class C>
 struct Body {
     using T = typename C::T;
-    using Key = typename C::Key;
     using F = Ties<C>;
 
     // A loop of its own: next to a comparison, compilers follow the NaN of a rounding through branches.
@@ -22,10 +21,10 @@ struct Body {
         for (int64_t j = 0; j < n; ++j) x[j] = C::round(x[j]);
     }
 
-    static SEME_INLINE void run(const std::vector<View>* tensors, const Factors* factors, const Cuts* cuts, View out,
-                                int64_t b0, int64_t b1) {
+    static SEME_INLINE void run(const std::vector<View>* tensors, const Factors* factors, const Selected* selected,
+                                View out, int64_t b0, int64_t b1) {
         const size_t count = tensors->size() - 1;
-        auto trims = trims_from<C>(*cuts, b0);
+        auto keep = keep_from<C>(*selected, b0);
         std::vector<T> terms(count * kTile);
         T base[kTile], sum[kTile], num[kTile], den[kTile];
         const int64_t end = std::min(out.n, b1 * kBlock);
@@ -36,18 +35,12 @@ struct Body {
             for (size_t i = 0; i < count; ++i) {
                 T* term = terms.data() + i * kTile;
                 load_delta<C>((*tensors)[i + 1], at, n, base, term);
-                const Key cut = trims[i].next(term, n);
+                keep[i].apply(term, at, n);
                 const T w = T(factors->weights[i]), factor = T(factors->factors[i]);
                 if (factor == T(1))
-                    for (int64_t j = 0; j < n; ++j) {
-                        term[j] = F::term(w, term[j], C::key(term[j]) > cut, T(1));
-                        sum[j] += term[j];
-                    }
+                    for (int64_t j = 0; j < n; ++j) sum[j] += term[j] = TaskVector<C>::term(w, term[j], T(1));
                 else
-                    for (int64_t j = 0; j < n; ++j) {
-                        term[j] = F::term(w, term[j], C::key(term[j]) > cut, factor);
-                        sum[j] += term[j];
-                    }
+                    for (int64_t j = 0; j < n; ++j) sum[j] += term[j] = TaskVector<C>::term(w, term[j], factor);
             }
             round(sum, n);
             for (int64_t j = 0; j < n; ++j) sum[j] = F::elect(sum[j]);
@@ -77,13 +70,12 @@ struct Body {
 
 }  // namespace
 
-void ties(const std::vector<View>& tensors, const std::vector<double>& weights, const std::vector<int64_t>& thresholds,
-          const std::vector<int64_t>& tie_quotas, const std::vector<double>& factors, bool normalize, double scale,
-          DType compute, View out, int threads) {
-    const Cuts cuts(tensors, thresholds, tie_quotas, compute, threads);
+void ties(const std::vector<View>& tensors, const std::vector<double>& weights, const std::vector<double>& factors,
+          const Selection& selection, bool normalize, double scale, DType compute, View out, int threads) {
+    const Selected selected(tensors, selection, compute, threads);
     const Factors f{weights, factors, normalize, scale};
     parallel_blocks(blocks(out.n), threads,
-                    [&](int64_t b0, int64_t b1) { run_computed<Body>(compute, &tensors, &f, &cuts, out, b0, b1); });
+                    [&](int64_t b0, int64_t b1) { run_computed<Body>(compute, &tensors, &f, &selected, out, b0, b1); });
 }
 
 }  // namespace seme::cpu

@@ -8,13 +8,12 @@ namespace {
 template <class C>
 struct Body {
     using T = typename C::T;
-    using Key = typename C::Key;
 
     // out[b, i] = (sum |d_i|, sum |kept d_i|) for the blocks in [b0, b1).
-    static SEME_INLINE void run(const std::vector<View>* tensors, const Cuts* cuts, double* out, int64_t b0,
+    static SEME_INLINE void run(const std::vector<View>* tensors, const Selected* selected, double* out, int64_t b0,
                                 int64_t b1) {
         const int64_t count = int64_t(tensors->size()) - 1, size = (*tensors)[0].n;
-        auto trims = trims_from<C>(*cuts, b0);
+        auto keep = keep_from<C>(*selected, b0);
         T base[kTile], d[kTile];
         double magnitude[kTile], kept[kTile];
         std::vector<Lanes> all_lanes(count), kept_lanes(count);
@@ -29,8 +28,8 @@ struct Body {
                     load_delta<C>((*tensors)[i + 1], at, n, base, d);
                     std::fill(d + n, d + padded, T(0));
                     for (int64_t j = 0; j < padded; ++j) magnitude[j] = double(std::abs(d[j]));
-                    const Key cut = trims[i].next(d, n);
-                    for (int64_t j = 0; j < padded; ++j) kept[j] = double(keep_if(C::key(d[j]) > cut, std::abs(d[j])));
+                    keep[i].apply(d, at, n);
+                    for (int64_t j = 0; j < padded; ++j) kept[j] = double(std::abs(d[j]));
                     all_lanes[i].add(magnitude, padded);
                     kept_lanes[i].add(kept, padded);
                 }
@@ -45,11 +44,10 @@ struct Body {
 
 }  // namespace
 
-void trimmed_l1(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds,
-                const std::vector<int64_t>& tie_quotas, DType compute, double* out, int threads) {
-    const Cuts cuts(tensors, thresholds, tie_quotas, compute, threads);
+void trimmed_l1(const std::vector<View>& tensors, const Selection& selection, DType compute, double* out, int threads) {
+    const Selected selected(tensors, selection, compute, threads);
     parallel_blocks(blocks(tensors[0].n), threads,
-                    [&](int64_t b0, int64_t b1) { run_computed<Body>(compute, &tensors, &cuts, out, b0, b1); });
+                    [&](int64_t b0, int64_t b1) { run_computed<Body>(compute, &tensors, &selected, out, b0, b1); });
 }
 
 }  // namespace seme::cpu

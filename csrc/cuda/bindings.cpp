@@ -14,7 +14,7 @@
 namespace py = pybind11;
 using seme::DType;
 using seme::View;
-using seme::cuda::Selection;
+using seme::cuda::Kept;
 
 using PyView = std::tuple<uintptr_t, int64_t, int>;
 using PyStream = std::pair<int, uintptr_t>;
@@ -65,12 +65,27 @@ static seme::cuda::Stream stream_of(const PyStream& s) { return {s.first, s.seco
 
 static int64_t count_blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-static Selection selection_of(std::vector<int64_t> thresholds, std::vector<int64_t> quotas,
-                              const std::optional<PyView>& tie_ends, int64_t tensors, int64_t blocks) {
-    check_count(int64_t(thresholds.size()), tensors, "thresholds");
-    check_count(int64_t(quotas.size()), tensors, "tie_quotas");
-    const int64_t* ends = tie_ends ? numbers<const int64_t>(*tie_ends, tensors * blocks, "tie_ends") : nullptr;
-    return {std::move(thresholds), std::move(quotas), ends};
+// One or two of each task vector.
+static int64_t check_thresholds(const std::vector<int64_t>& thresholds, int64_t tensors) {
+    const int64_t n = int64_t(thresholds.size());
+    if (n != 2 * tensors) check_count(n, tensors, "thresholds");
+    return n;
+}
+
+using Integers = std::vector<int64_t>;
+// thresholds, quotas, chances, seeds, offset
+using PySelection = std::tuple<Integers, Integers, Integers, Integers, int64_t>;
+
+static Kept kept_of(const PySelection& selection, const std::optional<PyView>& tie_ends, int64_t tensors,
+                    int64_t blocks) {
+    const auto& [thresholds, quotas, chances, seeds, offset] = selection;
+    const int64_t n = thresholds.empty() ? 0 : check_thresholds(thresholds, tensors);
+    check_count(int64_t(quotas.size()), n, "tie_quotas");
+    if (!chances.empty()) check_count(int64_t(chances.size()), tensors, "chances");
+    check_count(int64_t(seeds.size()), int64_t(chances.size()), "seeds");
+    if (offset < 0) throw std::invalid_argument("offset is negative");
+    return {{thresholds, quotas, chances, seeds, offset},
+            tie_ends ? numbers<const int64_t>(*tie_ends, n * blocks, "tie_ends") : nullptr};
 }
 
 static void weighted_sum(const std::vector<PyView>& tensors, const std::vector<double>& weights, double divisor,
@@ -84,15 +99,20 @@ static void weighted_sum(const std::vector<PyView>& tensors, const std::vector<d
     seme::cuda::weighted_sum(t, weights, divisor, c, o, stream_of(stream));
 }
 
-static void task_vector_sum(const std::vector<PyView>& tensors, const std::vector<double>& weights, double divisor,
-                            double scale, int compute, const PyView& out, const PyStream& stream) {
+static void task_vector_sum(const std::vector<PyView>& tensors, const std::vector<double>& weights,
+                            const std::vector<double>& factors, const PySelection& selection,
+                            const std::optional<PyView>& tie_ends, double divisor, double scale, int compute,
+                            const PyView& out, const PyStream& stream) {
     auto t = views_of(tensors);
     View o = view_of(out);
+    const int64_t n = int64_t(t.size()) - 1;
     check_count(o.n, t[0].n, "elements of out");
-    check_count(int64_t(weights.size()), int64_t(t.size()) - 1, "weights");
+    check_count(int64_t(weights.size()), n, "weights");
+    check_count(int64_t(factors.size()), n, "factors");
+    auto kept = kept_of(selection, tie_ends, n, count_blocks(o.n, seme::cuda::kTile));
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
-    seme::cuda::task_vector_sum(t, weights, divisor, scale, c, o, stream_of(stream));
+    seme::cuda::task_vector_sum(t, weights, factors, kept, divisor, scale, c, o, stream_of(stream));
 }
 
 static void inner_products(const std::vector<PyView>& tensors, int compute, const PyView& out, const PyStream& stream) {
@@ -122,9 +142,8 @@ static void magnitude_histogram(const std::vector<PyView>& tensors, const std::v
 static void block_ties(const std::vector<PyView>& tensors, const std::vector<int64_t>& thresholds, int compute,
                        int64_t block, const PyView& out, const PyStream& stream) {
     auto t = views_of(tensors);
-    const int64_t n = int64_t(t.size()) - 1;
     if (block != seme::cuda::kTile && block != seme::kBlock) throw std::invalid_argument("block is TILE or BLOCK");
-    check_count(int64_t(thresholds.size()), n, "thresholds");
+    const int64_t n = check_thresholds(thresholds, int64_t(t.size()) - 1);
     auto* o = numbers<int64_t>(out, n * count_blocks(t[0].n, block), "elements of out");
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
@@ -132,31 +151,30 @@ static void block_ties(const std::vector<PyView>& tensors, const std::vector<int
 }
 
 static void ties(const std::vector<PyView>& tensors, const std::vector<double>& weights,
-                 const std::vector<int64_t>& thresholds, const std::vector<int64_t>& tie_quotas,
-                 const std::vector<double>& factors, const std::optional<PyView>& tie_ends, bool normalize,
-                 double scale, int compute, const PyView& out, const PyStream& stream) {
+                 const std::vector<double>& factors, const PySelection& selection,
+                 const std::optional<PyView>& tie_ends, bool normalize, double scale, int compute, const PyView& out,
+                 const PyStream& stream) {
     auto t = views_of(tensors);
     View o = view_of(out);
     const int64_t n = int64_t(t.size()) - 1;
     check_count(o.n, t[0].n, "elements of out");
     check_count(int64_t(weights.size()), n, "weights");
     check_count(int64_t(factors.size()), n, "factors");
-    auto s = selection_of(thresholds, tie_quotas, tie_ends, n, count_blocks(o.n, seme::cuda::kTile));
+    auto kept = kept_of(selection, tie_ends, n, count_blocks(o.n, seme::cuda::kTile));
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
-    seme::cuda::ties(t, weights, factors, s, normalize, scale, c, o, stream_of(stream));
+    seme::cuda::ties(t, weights, factors, kept, normalize, scale, c, o, stream_of(stream));
 }
 
-static void trimmed_l1(const std::vector<PyView>& tensors, const std::vector<int64_t>& thresholds,
-                       const std::vector<int64_t>& tie_quotas, const std::optional<PyView>& tie_ends, int compute,
-                       const PyView& out, const PyStream& stream) {
+static void trimmed_l1(const std::vector<PyView>& tensors, const PySelection& selection,
+                       const std::optional<PyView>& tie_ends, int compute, const PyView& out, const PyStream& stream) {
     auto t = views_of(tensors);
     const int64_t n = int64_t(t.size()) - 1, blocks = seme::blocks(t[0].n);
-    auto s = selection_of(thresholds, tie_quotas, tie_ends, n, blocks);
+    auto kept = kept_of(selection, tie_ends, n, blocks);
     auto* o = numbers<double>(out, blocks * n * 2, "elements of out");
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
-    seme::cuda::trimmed_l1(t, s, c, o, stream_of(stream));
+    seme::cuda::trimmed_l1(t, kept, c, o, stream_of(stream));
 }
 
 // The rows, columns and labels of a matrix op.

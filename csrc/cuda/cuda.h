@@ -12,7 +12,7 @@ struct Stream {
     uintptr_t handle;
 };
 
-constexpr int kMaxTensors = 64;  // per call; their addresses and numbers travel as kernel arguments
+constexpr int kMaxTensors = 32;  // per call; their addresses and numbers travel as kernel arguments
 
 // Elements per thread block of an element-wise kernel.
 constexpr int64_t kTile = 2048;
@@ -21,8 +21,15 @@ void weighted_sum(const std::vector<View>& tensors, const std::vector<double>& w
                   View out, Stream stream);
 
 // Ops on task vectors: tensors[0] is the base.
-void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor, double scale,
-                     DType compute, View out, Stream stream);
+// A selection, and where its quotas end. tie_ends: the running sums of block_ties() along the blocks (of kBlock
+// elements for trimmed_l1, else of kTile); null if no quota binds.
+struct Kept : Selection {
+    const int64_t* tie_ends;
+};
+
+void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights,
+                     const std::vector<double>& factors, const Kept& kept, double divisor, double scale, DType compute,
+                     View out, Stream stream);
 
 // out: [blocks of kBlock, n, n].
 void inner_products(const std::vector<View>& tensors, DType compute, double* out, Stream stream);
@@ -31,23 +38,15 @@ void inner_products(const std::vector<View>& tensors, DType compute, double* out
 void magnitude_histogram(const std::vector<View>& tensors, const std::vector<int64_t>& lowest,
                          const std::vector<int>& shift, DType compute, int64_t* counts, Stream stream);
 
-// counts: [n, blocks of `block` elements]: the keys of each block that equal the threshold of their tensor.
+// counts: [thresholds, blocks of `block` elements]: the keys of each block that equal the threshold.
 void block_ties(const std::vector<View>& tensors, const std::vector<int64_t>& thresholds, DType compute, int64_t block,
                 int64_t* counts, Stream stream);
 
-// Of the elements whose key equals the threshold, the first `quotas[i]` are kept. tie_ends: the running sums of
-// block_ties() along the blocks (of kTile elements for ties, kBlock for trimmed_l1); null if no quota binds.
-struct Selection {
-    std::vector<int64_t> thresholds, quotas;
-    const int64_t* tie_ends;
-};
-
 void ties(const std::vector<View>& tensors, const std::vector<double>& weights, const std::vector<double>& factors,
-          const Selection& selection, bool normalize, double scale, DType compute, View out, Stream stream);
+          const Kept& kept, bool normalize, double scale, DType compute, View out, Stream stream);
 
 // out: [blocks of kBlock, n, 2].
-void trimmed_l1(const std::vector<View>& tensors, const Selection& selection, DType compute, double* out,
-                Stream stream);
+void trimmed_l1(const std::vector<View>& tensors, const Kept& kept, DType compute, double* out, Stream stream);
 
 // Matrix ops. Row-major matrices: models and vectors [rows, columns], bases and dual frame [labels, columns].
 struct Shape {

@@ -1,6 +1,7 @@
-// Which elements of a task vector a kernel keeps: those above the threshold, and the first ties with it.
+// Which elements of a task vector a kernel keeps: see Selection in ../seme.h.
 #pragma once
 
+#include "../philox.h"
 #include "tile.cuh"
 
 namespace seme::cuda {
@@ -17,35 +18,55 @@ struct Threshold {
     int64_t quota;
 };
 
+constexpr int kMaxCuts = 2;  // per task vector
+
+// What an element of one task vector is drawn by.
+struct Draw {
+    int64_t chance;
+    uint64_t key;
+};
+
 template <class C>
-struct Thresholds : PerTensor<Threshold<C>> {
-    const int64_t* tie_ends;  // [tensors, blocks], or null
+struct Cuts {
+    Threshold<C> v[kMaxCuts * kMaxTensors];
+    int count, per_tensor;  // task vectors, and cuts of each
+    PerTensor<Draw> draws;
+    int64_t offset;
+    bool random;
+    const int64_t* tie_ends;  // [cuts, blocks], or null
     int64_t blocks;
 
-    static Thresholds make(const Selection& s, int64_t blocks) {
-        Thresholds t{};
-        for (size_t i = 0; i < s.thresholds.size(); ++i) t.v[i] = {key_bound<C>(s.thresholds[i]), s.quotas[i]};
-        t.tie_ends = s.tie_ends;
-        t.blocks = blocks;
-        return t;
+    static Cuts make(const Kept& kept, size_t tensors, int64_t blocks) {
+        Cuts c{};
+        for (size_t i = 0; i < kept.thresholds.size(); ++i) c.v[i] = {key_bound<C>(kept.thresholds[i]), kept.quotas[i]};
+        c.count = int(tensors) - 1;
+        c.per_tensor = c.count > 0 ? int(kept.thresholds.size()) / c.count : 0;
+        c.random = !kept.chances.empty();
+        for (size_t i = 0; i < kept.chances.size(); ++i) c.draws.v[i] = {kept.chances[i], uint64_t(kept.seeds[i])};
+        c.offset = kept.offset;
+        c.tie_ends = kept.tie_ends;
+        c.blocks = blocks;
+        return c;
     }
 };
 
-// What a block of elements keeps of one task vector: keys from `from` on and, if the quota ends in this block
-// (`ranked`, which few blocks are), the first `quota` of the keys equal to `tie`.
+// What lies above a cut in a block of elements: keys from `from` on and, if the quota ends in this block (`ranked`,
+// which few blocks are), the first `quota` of the keys equal to `tie`.
 template <class C>
-struct BlockSelection {
+struct BlockCut {
     using Key = typename C::Key;
     Key tie, from;
     int quota;
     bool ranked;
 
-    __device__ BlockSelection(const Thresholds<C>& thresholds, int i, int64_t block) {
-        const Threshold<C> t = thresholds[i];
+    // Cut number `cut` of task vector i.
+    __device__ BlockCut(const Cuts<C>& cuts, int cut, int i, int64_t block) {
+        i += cut * cuts.count;
+        const Threshold<C> t = cuts.v[i];
         int64_t left = t.quota;
         ranked = false;
-        if (thresholds.tie_ends) {
-            const int64_t* ends = thresholds.tie_ends + i * thresholds.blocks;
+        if (cuts.tie_ends) {
+            const int64_t* ends = cuts.tie_ends + i * cuts.blocks;
             const int64_t before = block > 0 ? ends[block - 1] : 0;
             left -= before;
             ranked = left > 0 && left < ends[block] - before;
@@ -55,7 +76,47 @@ struct BlockSelection {
         quota = ranked ? int(left) : 0;
     }
     // `rank`: which tie of the block this is, from 1 on; only looked at if `ranked` and the key is a tie.
-    __device__ bool keeps(Key key, int rank) const { return key >= from || (key == tie && rank <= quota); }
+    __device__ bool passes(Key key, int rank) const { return key >= from || (key == tie && rank <= quota); }
 };
+
+// stays[j]: whether element e + j is drawn; one block of numbers for all of them where it begins with e.
+template <int N>
+__device__ __forceinline__ void draw(const Draw& d, int64_t e, bool (&stays)[N]) {
+    static_assert(N <= kPerBlock, "two blocks at most");
+    const int first = int(e % kPerBlock);
+    const Philox block = Philox::at(d.key, uint64_t(e) / kPerBlock, 0);
+    const Philox next = first + N <= kPerBlock ? block : Philox::at(d.key, uint64_t(e) / kPerBlock + 1, 0);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        const int place = first + j;
+        stays[j] =
+            is_drawn(place < kPerBlock ? block.half(place) : next.half(place - kPerBlock), d.chance, d.key, e + j);
+    }
+}
+
+// x = 0 where the element of task vector i is not kept; x[0] is at place `at` of the call. Every thread of the block,
+// of kTile elements, has to call it.
+template <class C>
+__device__ void keep(const Cuts<C>& cuts, int i, int64_t at, typename C::T (&x)[kVector]) {
+    typename C::Key key[kVector];
+    for (int j = 0; j < kVector; ++j) key[j] = C::key(x[j]);
+    for (int number = 0; number < cuts.per_tensor; ++number) {
+        const BlockCut<C> cut(cuts, number, i, blockIdx.x);
+        int rank = 0;
+        if (cut.ranked) {
+            for (int j = 0; j < kVector; ++j) rank += key[j] == cut.tie;
+            rank = sum_before(rank);
+        }
+        for (int j = 0; j < kVector; ++j) {
+            rank += key[j] == cut.tie;
+            x[j] = keep_if(cut.passes(key[j], rank) == (number == 0), x[j]);
+        }
+    }
+    if (cuts.random && cuts.draws[i].chance < kCertain) {
+        bool stays[kVector];
+        draw(cuts.draws[i], cuts.offset + at, stays);
+        for (int j = 0; j < kVector; ++j) x[j] = keep_if(stays[j], x[j]);
+    }
+}
 
 }  // namespace seme::cuda

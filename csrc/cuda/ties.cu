@@ -17,7 +17,7 @@ struct Factors {
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     ties_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Factors<C> factors,
-                const __grid_constant__ Thresholds<C> thresholds, Output out, int64_t n) {
+                const __grid_constant__ Cuts<C> cuts, Output out, int64_t n) {
     using T = typename C::T;
     using F = Ties<C>;
     const Share share(n);  // no early return: all threads of the block take part in sum_before
@@ -25,18 +25,11 @@ __global__ void __launch_bounds__(kThreads)
     load_vector<C>(in[0], share.at, share.count, base);
     for (int i = 0; i < in.count - 1; ++i) {
         const T weight = factors.weights[i], factor = factors.factors[i];
-        const BlockSelection<C> selection(thresholds, i, blockIdx.x);
         load_vector<C>(in[i + 1], share.at, share.count, x);
         for (int j = 0; j < kVector; ++j) x[j] = TaskVector<C>::delta(x[j], base[j]);
-        int rank = 0;
-        if (selection.ranked) {
-            for (int j = 0; j < kVector; ++j) rank += C::key(x[j]) == selection.tie;
-            rank = sum_before(rank);
-        }
+        keep(cuts, i, share.at, x);
         for (int j = 0; j < kVector; ++j) {
-            const typename C::Key key = C::key(x[j]);
-            rank += key == selection.tie;
-            const T term = F::term(weight, x[j], selection.keeps(key, rank), factor);
+            const T term = TaskVector<C>::term(weight, x[j], factor);
             sum[j] += term;
             for (int s = 0; s < 2; ++s) {
                 const T agrees = F::agrees(term, s == 0 ? T(1) : T(-1));
@@ -56,22 +49,21 @@ __global__ void __launch_bounds__(kThreads)
 template <class C>
 struct Launch {
     static void run(const std::vector<View>& tensors, const std::vector<double>& weights,
-                    const std::vector<double>& factors, const Selection& selection, bool normalize, double scale,
-                    View out, cudaStream_t stream) {
+                    const std::vector<double>& factors, const Kept& kept, bool normalize, double scale, View out,
+                    cudaStream_t stream) {
         using T = typename C::T;
         const unsigned grid = ceil_div(out.n, kTile);
         const Factors<C> f{per_tensor<T>(weights), per_tensor<T>(factors), T(scale), normalize};
-        launch(ties_kernel<C>, grid, kThreads, 0, stream, inputs_of(tensors), f, Thresholds<C>::make(selection, grid),
-               output_of(out), out.n);
+        launch(ties_kernel<C>, grid, kThreads, 0, stream, inputs_of(tensors), f,
+               Cuts<C>::make(kept, tensors.size(), grid), output_of(out), out.n);
     }
 };
 
 }  // namespace
 
 void ties(const std::vector<View>& tensors, const std::vector<double>& weights, const std::vector<double>& factors,
-          const Selection& selection, bool normalize, double scale, DType compute, View out, Stream stream) {
-    if (out.n > 0)
-        run_computed<Launch>(compute, tensors, weights, factors, selection, normalize, scale, out, use(stream));
+          const Kept& kept, bool normalize, double scale, DType compute, View out, Stream stream) {
+    if (out.n > 0) run_computed<Launch>(compute, tensors, weights, factors, kept, normalize, scale, out, use(stream));
 }
 
 }  // namespace seme::cuda

@@ -21,15 +21,17 @@ __device__ __forceinline__ int row_ties_before(int mine, int* whole) {
 // One team per block of kBlock elements.
 template <class C>
 __global__ void __launch_bounds__(kThreads)
-    trimmed_l1_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Thresholds<C> thresholds, double* out,
-                      int64_t n, int64_t blocks) {
+    trimmed_l1_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Cuts<C> cuts, double* out, int64_t n,
+                      int64_t blocks) {
     const Team team(blocks);
     const int64_t begin = team.block * kBlock + team.thread * kVector;
     for (int i = 0; i < in.count - 1; ++i) {
-        const BlockSelection<C> selection(thresholds, i, team.block);
-        const bool ranked = __ballot_sync(kAllLanes, selection.ranked) != 0;  // in one of the warp's blocks
+        const BlockCut<C> cut[kMaxCuts] = {{cuts, 0, i, team.block},
+                                           {cuts, cuts.per_tensor == kMaxCuts, i, team.block}};
+        // In one of the warp's blocks.
+        const bool ranked = __ballot_sync(kAllLanes, cut[0].ranked || cut[1].ranked) != 0;
         double all[kVector] = {}, kept[kVector] = {};
-        int seen = 0;  // ties in the rows before
+        int seen[kMaxCuts] = {};  // ties in the rows before
         for (int64_t at = begin; at < begin + kBlock; at += kRow * kRows) {
             typename C::T base[kRows][kVector], x[kRows][kVector];
             load_rows<C>(in[0], at, n - at, base);
@@ -37,22 +39,32 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
                 typename C::Key key[kVector];
-                int rank = seen, ties = 0;
+                bool keep[kVector];
                 for (int k = 0; k < kVector; ++k) {
                     x[r][k] = TaskVector<C>::delta(x[r][k], base[r][k]);
                     key[k] = C::key(x[r][k]);
-                    ties += key[k] == selection.tie;
+                    keep[k] = true;
                 }
-                if (ranked) {
-                    int whole;
-                    rank += row_ties_before(ties, &whole);
-                    seen += whole;
+                if (cuts.random) draw(cuts.draws[i], cuts.offset + at + kRow * r, keep);
+#pragma unroll
+                for (int number = 0; number < kMaxCuts; ++number) {
+                    if (number >= cuts.per_tensor) break;
+                    int rank = seen[number];
+                    if (ranked) {
+                        int ties = 0, whole;
+                        for (int k = 0; k < kVector; ++k) ties += key[k] == cut[number].tie;
+                        rank += row_ties_before(ties, &whole);
+                        seen[number] += whole;
+                    }
+                    for (int k = 0; k < kVector; ++k) {
+                        rank += key[k] == cut[number].tie;
+                        keep[k] = keep[k] && cut[number].passes(key[k], rank) == (number == 0);
+                    }
                 }
                 for (int k = 0; k < kVector; ++k) {
-                    rank += key[k] == selection.tie;
                     const double size = double(x[r][k] < 0 ? -x[r][k] : x[r][k]);
                     all[k] += size;
-                    kept[k] += selection.keeps(key[k], rank) ? size : 0.0;
+                    kept[k] += keep[k] ? size : 0.0;
                 }
             }
         }
@@ -67,18 +79,17 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class C>
 struct Launch {
-    static void run(const std::vector<View>& tensors, const Selection& selection, double* out, cudaStream_t stream) {
+    static void run(const std::vector<View>& tensors, const Kept& kept, double* out, cudaStream_t stream) {
         const int64_t n = tensors[0].n;
         launch(trimmed_l1_kernel<C>, ceil_div(blocks(n), kThreads / kTeam), kThreads, 0, stream, inputs_of(tensors),
-               Thresholds<C>::make(selection, blocks(n)), out, n, blocks(n));
+               Cuts<C>::make(kept, tensors.size(), blocks(n)), out, n, blocks(n));
     }
 };
 
 }  // namespace
 
-void trimmed_l1(const std::vector<View>& tensors, const Selection& selection, DType compute, double* out,
-                Stream stream) {
-    if (tensors[0].n > 0) run_computed<Launch>(compute, tensors, selection, out, use(stream));
+void trimmed_l1(const std::vector<View>& tensors, const Kept& kept, DType compute, double* out, Stream stream) {
+    if (tensors[0].n > 0) run_computed<Launch>(compute, tensors, kept, out, use(stream));
 }
 
 }  // namespace seme::cuda

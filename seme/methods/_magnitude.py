@@ -26,6 +26,7 @@ SAMPLE_FROM = 1 << 20
 """Elements below which a sample saves nothing."""
 
 Cut = tuple[int, int]
+"""A threshold and a quota: what lies above it are keys above the threshold, and the first ties with it."""
 
 
 def key_bits(compute: dtypes.DType) -> int:
@@ -33,14 +34,15 @@ def key_bits(compute: dtypes.DType) -> int:
     return compute.itemsize * 8 - 1
 
 
-def kept_count(density: float, numel: int) -> int:
-    """How many elements a density keeps: at least one of a nonempty tensor, as in mergekit."""
-    return max(1, int(density * numel))
-
-
 def _window(low: int, high: int) -> tuple[int, int]:
     """The window of bins that covers keys [low, high): lowest key and log2 of keys per bin."""
     return low, max(0, (high - low - 1).bit_length() - 16)
+
+
+def _inputs(group: Group, order: Sequence[int]) -> tuple[int, ...]:
+    """The base, and the expert of each cut: those of the second cuts come after those of the first."""
+    assert group.base is not None
+    return (group.base, *(group.experts[at % len(group.experts)] for at in order))
 
 
 def _first_windows(group: Group, counts: dict[int, int]) -> Generator[Pass, Reduced, dict[int, tuple[int, int]]]:
@@ -49,68 +51,65 @@ def _first_windows(group: Group, counts: dict[int, int]) -> Generator[Pass, Redu
     if whole[1] == 0 or group.numel < SAMPLE_FROM:
         return dict.fromkeys(counts, whole)
     order = list(counts)
-    assert group.base is not None
     sample = yield group.reduce(
         MAGNITUDE_HISTOGRAM,
-        (group.base, *order),
+        _inputs(group, order),
         sample=True,
         lowest=[whole[0]] * len(order),
         shift=[whole[1]] * len(order),
     )
     windows = {}
-    for row, expert in enumerate(order):
-        rank = counts[expert] * sample.numel / group.numel
+    for row, at in enumerate(order):
+        rank = counts[at] * sample.numel / group.numel
         # Four standard deviations of an independent sample, and 1 % because neighbours are not independent.
         margin = 4 * math.sqrt(rank * max(0.0, 1 - rank / sample.numel)) + 0.01 * sample.numel
         low, _ = find(sample.data, row, min(sample.numel, int(rank + margin)))
         high, _ = find(sample.data, row, max(1, int(rank - margin)))
-        windows[expert] = _window(low << whole[1], (high + 1) << whole[1])
+        windows[at] = _window(low << whole[1], (high + 1) << whole[1])
     return windows
 
 
-def cuts(group: Group, density: Sequence[float]) -> Generator[Pass, Reduced, list[Cut]]:
-    """For every expert the threshold key and how many elements equal to it are kept, in element order.
+def cuts(group: Group, counts: Sequence[int]) -> Generator[Pass, Reduced, list[Cut]]:
+    """For one count per expert, or two (the second ones after the first): where to cut.
 
-    Exactly ``max(1, int(density * numel))`` elements remain: those that a stable descending sort by magnitude
-    would put first. Density >= 1 keeps all, <= 0 none.
+    Exactly so many elements lie above: those that a stable descending sort by magnitude would put first.
     """
     found: dict[int, Cut] = {}
     wanted: dict[int, int] = {}
-    for expert, d in zip(group.experts, density):
-        if d >= 1 or d <= 0:
-            found[expert] = EVERY if d >= 1 else NONE
+    for at, count in enumerate(counts):
+        if 0 < count < group.numel:
+            wanted[at] = count
         else:
-            wanted[expert] = kept_count(d, group.numel)
+            found[at] = EVERY if count > 0 else NONE
     windows = (yield from _first_windows(group, wanted)) if wanted else {}
     end = 1 << key_bits(group.compute_dtype)
     while windows:
         order = list(windows)
-        assert group.base is not None
         histogram = yield group.reduce(
             MAGNITUDE_HISTOGRAM,
-            (group.base, *order),
-            lowest=[windows[e][0] for e in order],
-            shift=[windows[e][1] for e in order],
+            _inputs(group, order),
+            lowest=[windows[at][0] for at in order],
+            shift=[windows[at][1] for at in order],
         )
         columns = histogram.shape[1]
-        for row, expert in enumerate(order):
-            k, (lowest, shift) = wanted[expert], windows.pop(expert)
+        for row, at in enumerate(order):
+            k, (lowest, shift) = wanted[at], windows.pop(at)
             beyond, mixed = histogram.data[row * columns + BINS], histogram.data[row * columns + BINS + 1]
             if beyond >= k:
-                windows[expert] = _window(lowest + (BINS << shift), end)
+                windows[at] = _window(lowest + (BINS << shift), end)
                 continue
             bin_, above = find(histogram.data, row, k - beyond)
             key = lowest + (bin_ << shift)
             if bin_ < 0:
-                windows[expert] = _window(0, lowest)
+                windows[at] = _window(0, lowest)
             elif shift == 0 or mixed == 0:
                 quota = k - beyond - above
                 # Nothing to count along the tensor where all of a tie remain, nor among zeros: they add nothing.
                 all_remain = key == 0 or quota == histogram.data[row * columns + bin_]
-                found[expert] = (key, EVERY[1] if all_remain else quota)
+                found[at] = (key, EVERY[1] if all_remain else quota)
             else:
-                windows[expert] = _window(key, key + (1 << shift))
-    return [found[e] for e in group.experts]
+                windows[at] = _window(key, key + (1 << shift))
+    return [found[at] for at in range(len(counts))]
 
 
 def countdown(group: Group, found: Sequence[Cut]) -> Countdown | None:

@@ -34,7 +34,7 @@ class Reduced:
 @dataclass(frozen=True)
 class Countdown:
     """Quotas that run down along the tensor: chunk after chunk, ``parameter[i]`` of the pass's op is lowered by what
-    ``op`` (accumulating, one count per expert) found in all chunks before."""
+    ``op`` (accumulating, one count per quota) found in all chunks before."""
 
     op: Op
     params: Params
@@ -43,7 +43,7 @@ class Countdown:
 
 @dataclass(frozen=True)
 class Pass:
-    """One op over all chunks of some inputs: a reduction, or (``writes``) the output itself.
+    """One op over all chunks of some inputs, which may repeat: a reduction, or (``writes``) the output itself.
 
     ``params`` have passed the op's check. ``sample`` lets the driver read evenly spaced blocks only.
     """

@@ -7,13 +7,14 @@ magnitude (31 bits for float32, 15 for bfloat16 and float16, 63 for float64).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
 from seme.dtypes import DType
 from seme.errors import OpError
 from seme.native import BLOCK
-from seme.ops._op import Spec, check_tensors
+from seme.ops._op import Params, Spec, check_per_tensor, check_tensors
+from seme.ops._philox import CERTAIN, numbers
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,63 @@ def check_integers(op: str, name: str, values: Sequence[int]) -> list[int]:
     return [int(v) for v in values]
 
 
+SELECTION = "int[] thresholds=[], int[] tie_quotas=[], int[] chances=[], int[] seeds=[], int offset=0"
+"""The arguments of a selection, in the schema language."""
+
+
+def check_cuts(op: str, count: int, thresholds: Sequence[int], tie_quotas: Sequence[int]) -> Params:
+    """None, or for each of ``count`` task vectors one or two thresholds with their quotas."""
+    if thresholds and len(thresholds) != 2 * count:
+        check_per_tensor(op, "thresholds", thresholds, count)
+    check_per_tensor(op, "tie_quotas", tie_quotas, len(thresholds))
+    return {
+        "thresholds": check_integers(op, "thresholds", thresholds),
+        "tie_quotas": check_integers(op, "tie_quotas", tie_quotas),
+    }
+
+
+def check_selection(
+    op: str,
+    count: int,
+    *,
+    thresholds: Sequence[int] = (),
+    tie_quotas: Sequence[int] = (),
+    chances: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    offset: int = 0,
+) -> Params:
+    """What is kept of each of ``count`` task vectors; without arguments all of it.
+
+    Args:
+        op: name of the op, for messages.
+        count: how many task vectors there are.
+        thresholds: magnitude keys, ``count`` or twice as many: elements above the first ``count`` are kept, but not
+            those above the second.
+        tie_quotas: as many numbers: of the elements equal to the threshold, how many count as above it, in element
+            order; 2^62 and more: all.
+        chances: ``count`` integers: of what the cuts leave, an element is kept with a chance of ``chances[i] / 2^32``.
+        seeds: ``count`` keys of 63 bits; with the index of an element they determine the number it draws, see
+            :mod:`seme.ops._philox`.
+        offset: index in the tensor of the first element that the op is given.
+    """
+    if chances:
+        check_per_tensor(op, "chances", chances, count)
+    check_per_tensor(op, "seeds", seeds, len(chances))
+    if any(not 0 <= chance <= CERTAIN for chance in chances):
+        raise OpError(f"{op}: chances are {list(chances)}, expected 0 to 2^32")
+    return {
+        **check_cuts(op, count, thresholds, tie_quotas),
+        "chances": list(chances),
+        "seeds": check_integers(op, "seeds", seeds),
+        "offset": check_integers(op, "offset", [offset])[0],
+    }
+
+
+def native_selection(selection: Params) -> tuple[Any, ...]:
+    """A checked selection in the form that the compiled modules take."""
+    return tuple(selection[name] for name in ("thresholds", "tie_quotas", "chances", "seeds", "offset"))
+
+
 def deltas(tensors: Sequence[torch.Tensor], compute_dtype: DType) -> list[torch.Tensor]:
     """The task vectors of all tensors but the first, flat, in the compute dtype."""
     compute = compute_dtype.to_torch()
@@ -57,13 +115,53 @@ def magnitude_keys(delta: torch.Tensor) -> torch.Tensor:
     return keys.clamp(max=nan & mask)
 
 
-def kept(delta: torch.Tensor, threshold: int, quota: int) -> torch.Tensor:
+def above(delta: torch.Tensor, threshold: int, quota: int) -> torch.Tensor:
     """True for keys above the threshold, and for the first ``quota`` that equal it."""
     keys = magnitude_keys(delta)
     tied = keys == threshold
     if quota >= UNLIMITED:
         return (keys > threshold) | tied
     return (keys > threshold) | (tied & (tied.cumsum(0) <= quota))
+
+
+def kept(
+    tensors: Sequence[torch.Tensor],
+    compute_dtype: DType,
+    *,
+    thresholds: Sequence[int],
+    tie_quotas: Sequence[int],
+    chances: Sequence[int],
+    seeds: Sequence[int],
+    offset: int,
+) -> list[torch.Tensor]:
+    """:func:`deltas`, 0 where the selection does not keep the element."""
+    import torch
+
+    found = []
+    whole = deltas(tensors, compute_dtype)
+    for i, delta in enumerate(whole):
+        keep = torch.ones(delta.shape, dtype=torch.bool, device=delta.device)
+        if thresholds:
+            keep &= above(delta, thresholds[i], tie_quotas[i])
+        if len(thresholds) > len(whole):
+            keep &= ~above(delta, thresholds[i + len(whole)], tie_quotas[i + len(whole)])
+        if chances:
+            keep &= numbers(seeds[i], offset, delta.numel(), delta.device) < chances[i]
+        found.append(torch.where(keep, delta, 0.0))
+    return found
+
+
+def weighted(
+    found: Sequence[torch.Tensor], weights: Sequence[float], factors: Sequence[float], compute_dtype: DType
+) -> list[torch.Tensor]:
+    """Task vectors times factor times weight, each product rounded to the compute dtype, in the arithmetic type."""
+    compute, held = compute_dtype.to_torch(), dtypes.arithmetic(compute_dtype).to_torch()
+    terms = []
+    for delta, weight, factor in zip(found, weights, factors):
+        if factor != 1.0:
+            delta = (delta.to(held) * factor).to(compute)
+        terms.append((delta * weight).to(held))
+    return terms
 
 
 def lane_sums(values: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from seme import dtypes, native
 from seme.dtypes import DType
-from seme.ops._task_vectors import UNLIMITED
+from seme.ops._op import Params
+from seme.ops._task_vectors import UNLIMITED, native_selection
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,11 @@ def _stream() -> tuple[int, int]:
 
 def _call(kernel: str, tensors: Sequence[torch.Tensor], out: torch.Tensor, *arguments: Any) -> None:
     """``kernel(tensors, *arguments, out, stream)`` of the compiled module."""
+    import torch
+
     function = getattr(native.module("_C_cuda"), kernel)
-    function([_raw(t) for t in tensors], *arguments, _raw(out), _stream())
+    values = [_raw(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    function([_raw(t) for t in tensors], *values, _raw(out), _stream())
 
 
 def weighted_sum(
@@ -53,12 +57,15 @@ def task_vector_sum(
     out: torch.Tensor,
     *,
     weights: Sequence[float],
+    factors: Sequence[float],
     divisor: float,
     scale: float,
     compute_dtype: DType,
+    **selection: Any,
 ) -> None:
     """Writes ``out``; ``csrc/cuda/task_vector_sum.cu``."""
-    _call("task_vector_sum", tensors, out, weights, divisor, scale, compute_dtype.native)
+    chosen = _selection(tensors, selection, compute_dtype, native.module("_C_cuda").TILE)
+    _call("task_vector_sum", tensors, out, weights, factors, *chosen, divisor, scale, compute_dtype.native)
 
 
 def inner_products(tensors: Sequence[torch.Tensor], out: torch.Tensor, *, compute_dtype: DType) -> None:
@@ -81,7 +88,7 @@ def magnitude_histogram(
 def tie_counts(
     tensors: Sequence[torch.Tensor], out: torch.Tensor, *, thresholds: Sequence[int], compute_dtype: DType
 ) -> None:
-    """Adds to ``out``, int64 [n]; ``csrc/cuda/block_ties.cu``."""
+    """Adds to ``out``, int64 of every threshold; ``csrc/cuda/block_ties.cu``."""
     out += _block_ties(tensors, thresholds, compute_dtype, native.BLOCK).sum(1)
 
 
@@ -90,31 +97,22 @@ def ties(
     out: torch.Tensor,
     *,
     weights: Sequence[float],
-    thresholds: Sequence[int],
-    tie_quotas: Sequence[int],
     factors: Sequence[float],
     normalize: bool,
     scale: float,
     compute_dtype: DType,
+    **selection: Any,
 ) -> None:
     """Writes ``out``; ``csrc/cuda/ties.cu``."""
-    ends = _tie_ends(tensors, thresholds, tie_quotas, compute_dtype, native.module("_C_cuda").TILE)
-    selection = (weights, thresholds, tie_quotas, factors, None if ends is None else _raw(ends))
-    _call("ties", tensors, out, *selection, normalize, scale, compute_dtype.native)
+    chosen = _selection(tensors, selection, compute_dtype, native.module("_C_cuda").TILE)
+    _call("ties", tensors, out, weights, factors, *chosen, normalize, scale, compute_dtype.native)
 
 
-def trimmed_l1(
-    tensors: Sequence[torch.Tensor],
-    out: torch.Tensor,
-    *,
-    thresholds: Sequence[int],
-    tie_quotas: Sequence[int],
-    compute_dtype: DType,
-) -> None:
+def trimmed_l1(tensors: Sequence[torch.Tensor], out: torch.Tensor, *, compute_dtype: DType, **selection: Any) -> None:
     """Writes ``out``, float64 [blocks, n, 2] seen as one axis; ``csrc/cuda/trimmed_l1.cu``."""
-    ends = _tie_ends(tensors, thresholds, tie_quotas, compute_dtype, native.BLOCK)
-    selection = (thresholds, tie_quotas, None if ends is None else _raw(ends))
-    _call("trimmed_l1", tensors, out, *selection, compute_dtype.native)
+    _call(
+        "trimmed_l1", tensors, out, *_selection(tensors, selection, compute_dtype, native.BLOCK), compute_dtype.native
+    )
 
 
 def nonfinite(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> None:
@@ -245,7 +243,7 @@ def _matrix(kernel: str, *arguments: Any) -> None:
 def _block_ties(
     tensors: Sequence[torch.Tensor], thresholds: Sequence[int], compute_dtype: DType, block: int
 ) -> torch.Tensor:
-    """int64 [n, blocks]: how many keys of each block of ``block`` elements equal the threshold of their tensor."""
+    """int64 [thresholds, blocks]: how many keys of each block of ``block`` elements equal the threshold."""
     import torch
 
     blocks = -(-tensors[0].numel() // block)
@@ -254,14 +252,14 @@ def _block_ties(
     return counts
 
 
-def _tie_ends(
-    tensors: Sequence[torch.Tensor],
-    thresholds: Sequence[int],
-    tie_quotas: Sequence[int],
-    compute_dtype: DType,
-    block: int,
-) -> torch.Tensor | None:
-    """The ties up to the end of each block, as int64 [n, blocks]; None if no quota binds and nobody has to know."""
-    if not any(0 < quota < UNLIMITED for quota in tie_quotas):
-        return None
-    return _block_ties(tensors, thresholds, compute_dtype, block).cumsum(1)
+def _selection(
+    tensors: Sequence[torch.Tensor], selection: Params, compute_dtype: DType, block: int
+) -> tuple[Any, torch.Tensor | None]:
+    """A selection as the compiled module takes it, and the ties up to the end of each block.
+
+    They are int64 [thresholds, blocks]; None if no quota binds and nobody has to know.
+    """
+    ends = None
+    if any(0 < quota < UNLIMITED for quota in selection["tie_quotas"]):
+        ends = _block_ties(tensors, selection["thresholds"], compute_dtype, block).cumsum(1)
+    return native_selection(selection), ends

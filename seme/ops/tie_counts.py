@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 
 
 def check(specs: Sequence[Spec], *, thresholds: Sequence[int], compute_dtype: DType | None = None) -> Params:
-    """Equal shapes, one threshold per task vector."""
-    compute = check_base("tie_counts", specs, compute_dtype)
-    check_per_tensor("tie_counts", "thresholds", thresholds, len(specs) - 1)
+    """Equal shapes, one or two thresholds per task vector."""
+    compute, count = check_base("tie_counts", specs, compute_dtype), len(specs) - 1
+    if len(thresholds) != 2 * count:
+        check_per_tensor("tie_counts", "thresholds", thresholds, count)
     return {"thresholds": check_integers("tie_counts", "thresholds", thresholds), "compute_dtype": compute}
 
 
 def result(specs: Sequence[Spec], params: Params) -> Spec:
-    """int64 [n]."""
-    return Spec((len(specs) - 1,), INT64)
+    """int64, as many as thresholds."""
+    return Spec((len(params["thresholds"]),), INT64)
 
 
 def reference(tensors: Sequence[torch.Tensor], *, thresholds: Sequence[int], compute_dtype: DType) -> torch.Tensor:
     """Counts in plain torch."""
     import torch
 
-    found = [(magnitude_keys(d) == t).sum() for d, t in zip(deltas(tensors, compute_dtype), thresholds)]
-    return torch.stack(found)
+    keys = [magnitude_keys(d) for d in deltas(tensors, compute_dtype)]
+    return torch.stack([(keys[i % len(keys)] == threshold).sum() for i, threshold in enumerate(thresholds)])
 
 
 def run_native(
@@ -70,14 +71,15 @@ def tie_counts(
     Args:
         base: the base model's tensor.
         tensors: n tensors of its shape.
-        thresholds: n keys: bits of the magnitude in ``compute_dtype``, without the sign.
+        thresholds: n or 2 n keys, bits of the magnitude in ``compute_dtype`` without the sign; the second n are of
+            the same task vectors.
         compute_dtype: default: float64 if an input is float64, else float32.
-        out: int64 [n]; the counts are added to it.
+        out: int64, as many as thresholds; the counts are added to it.
         backend: auto, torch, cpu, triton or cuda.
         threads: CPU threads; 0 takes ``torch.get_num_threads()``.
 
     Returns:
-        int64 [n].
+        int64, as many as thresholds.
 
     Raises:
         OpError: shapes or counts differ, or a dtype is not one of the four.

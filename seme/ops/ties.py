@@ -1,4 +1,4 @@
-"""TIES on trimmed task vectors: weight, elect a sign per element, average what agrees, add to the base.
+"""TIES on what is kept of task vectors: weight, elect a sign per element, average what agrees, add to the base.
 
 Yadav et al. 2023, arXiv 2306.01708, with mergekit's order of operations. With R the rounding to ``compute_dtype``
 and ``t_i`` the kept part of ``R(x_i - b)``, scaled by ``factors[i]``: ``p_i = R(w_i t_i)``; the elected sign is plus
@@ -9,13 +9,13 @@ their weights (1 where that is 0), each sum held in float32 (float64 for float64
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seme import dtypes, native
 from seme.dtypes import DType
 from seme.native import View
 from seme.ops._op import Op, Params, Spec, check_per_tensor
-from seme.ops._task_vectors import check_base, check_integers, deltas, kept
+from seme.ops._task_vectors import SELECTION, check_base, check_selection, kept, native_selection, weighted
 
 if TYPE_CHECKING:
     import torch
@@ -25,30 +25,25 @@ def check(
     specs: Sequence[Spec],
     *,
     weights: Sequence[float],
-    thresholds: Sequence[int],
-    tie_quotas: Sequence[int],
-    factors: Sequence[float],
+    factors: Sequence[float] = (),
     normalize: bool = True,
     scale: float = 1.0,
     compute_dtype: DType | None = None,
     out_dtype: DType | None = None,
+    **selection: Any,
 ) -> Params:
-    """Equal shapes; weight, threshold, quota and factor per task vector."""
-    compute = check_base("ties", specs, compute_dtype)
-    for name, values in (
-        ("weights", weights),
-        ("thresholds", thresholds),
-        ("tie_quotas", tie_quotas),
-        ("factors", factors),
-    ):
-        check_per_tensor("ties", name, values, len(specs) - 1)
+    """Equal shapes; weight, factor and selection per task vector."""
+    compute, count = check_base("ties", specs, compute_dtype), len(specs) - 1
+    held = dtypes.arithmetic(compute)
+    factors = factors or [1.0] * count
+    check_per_tensor("ties", "weights", weights, count)
+    check_per_tensor("ties", "factors", factors, count)
     return {
         "weights": [dtypes.round_to(compute, w) for w in weights],
-        "thresholds": check_integers("ties", "thresholds", thresholds),
-        "tie_quotas": check_integers("ties", "tie_quotas", tie_quotas),
-        "factors": [dtypes.round_to(compute, f) for f in factors],
+        "factors": [dtypes.round_to(held, f) for f in factors],
+        **check_selection("ties", count, **selection),
         "normalize": normalize,
-        "scale": dtypes.round_to(dtypes.arithmetic(compute), scale),
+        "scale": dtypes.round_to(held, scale),
         "compute_dtype": compute,
         "out_dtype": out_dtype or dtypes.promote([s.dtype for s in specs]),
     }
@@ -63,24 +58,17 @@ def reference(
     tensors: Sequence[torch.Tensor],
     *,
     weights: Sequence[float],
-    thresholds: Sequence[int],
-    tie_quotas: Sequence[int],
     factors: Sequence[float],
     normalize: bool,
     scale: float,
     compute_dtype: DType,
+    **selection: Any,
 ) -> torch.Tensor:
     """The formula in plain torch: tensors of the compute dtype round as the formula says."""
     import torch
 
     compute, held = compute_dtype.to_torch(), dtypes.arithmetic(compute_dtype).to_torch()
-    terms = []
-    selection = zip(deltas(tensors, compute_dtype), weights, thresholds, tie_quotas, factors)
-    for delta, weight, threshold, quota, factor in selection:
-        trimmed = torch.where(kept(delta, threshold, quota), delta, torch.zeros_like(delta))
-        if factor != 1.0:
-            trimmed = trimmed * factor
-        terms.append((trimmed * weight).to(held))
+    terms = weighted(kept(tensors, compute_dtype, **selection), weights, factors, compute_dtype)
 
     def total(values: list[torch.Tensor]) -> torch.Tensor:
         found = torch.zeros_like(values[0])
@@ -106,28 +94,28 @@ def run_native(
     threads: int,
     *,
     weights: Sequence[float],
-    thresholds: Sequence[int],
-    tie_quotas: Sequence[int],
     factors: Sequence[float],
     normalize: bool,
     scale: float,
     compute_dtype: DType,
+    **selection: Any,
 ) -> None:
     """The C++ kernel, ``csrc/cpu/ties.cpp``."""
     views = [t.raw() for t in tensors]
-    selection = (weights, thresholds, tie_quotas, factors)
-    native.module().ties(views, *selection, normalize, scale, compute_dtype.native, out.raw(), threads)
+    chosen = native_selection(selection)
+    native.module().ties(views, weights, factors, chosen, normalize, scale, compute_dtype.native, out.raw(), threads)
 
 
 OP = Op(
     name="ties",
-    arguments="float[] weights, int[] thresholds, int[] tie_quotas, float[] factors, bool normalize=True, "
-    "float scale=1.0, ScalarType? compute_dtype=None, ScalarType? out_dtype=None",
+    arguments=f"float[] weights, float[] factors=[], {SELECTION}, bool normalize=True, float scale=1.0, "
+    "ScalarType? compute_dtype=None, ScalarType? out_dtype=None",
     check=check,
     result=result,
     reference=reference,
     native=run_native,
     has_base=True,
+    positional=True,
 )
 
 
@@ -136,9 +124,7 @@ def ties(
     tensors: Sequence[torch.Tensor],
     weights: Sequence[float],
     *,
-    thresholds: Sequence[int],
-    tie_quotas: Sequence[int],
-    factors: Sequence[float] | None = None,
+    factors: Sequence[float] = (),
     normalize: bool = True,
     scale: float = 1.0,
     compute_dtype: torch.dtype | None = None,
@@ -146,17 +132,15 @@ def ties(
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
     threads: int = 0,
+    **selection: Any,
 ) -> torch.Tensor:
-    """Merge task vectors that are trimmed at given magnitudes, by elected signs.
+    """Merge what is kept of task vectors by elected signs.
 
     Args:
         base: the base model's tensor.
         tensors: n >= 1 tensors of its shape; bfloat16, float16, float32, float64, mixed as you like.
         weights: n numbers, rounded to ``compute_dtype``.
-        thresholds: n magnitude keys (bits in ``compute_dtype`` without the sign); elements above are kept.
-        tie_quotas: n numbers: of the elements equal to the threshold, how many are kept, in element order; 2^62
-            and more keeps all.
-        factors: n numbers that trimmed task vectors are multiplied by; default: 1.
+        factors: n numbers that what is kept of the task vectors is multiplied by; default: 1.
         normalize: divide by the sum of the weights that agree with the elected sign.
         scale: the merged task vector is multiplied by it (lambda).
         compute_dtype: dtype of inputs and intermediate results; default: float64 if an input is float64, else
@@ -165,6 +149,7 @@ def ties(
         out_dtype: dtype of a new output; default: the promoted dtype of the inputs.
         backend: auto, torch, cpu, triton or cuda.
         threads: CPU threads; 0 takes ``torch.get_num_threads()``. Never changes a bit of the result.
+        selection: what is kept, as :func:`seme.ops._task_vectors.check_selection` takes it; default: all.
 
     Returns:
         The merged tensor, in the shape of the base.
@@ -175,12 +160,11 @@ def ties(
     """
     arguments = {
         "weights": list(weights),
-        "thresholds": list(thresholds),
-        "tie_quotas": list(tie_quotas),
-        "factors": [1.0] * len(weights) if factors is None else list(factors),
+        "factors": list(factors),
         "normalize": normalize,
         "scale": scale,
         "compute_dtype": compute_dtype,
+        **selection,
     }
     if out is None:
         arguments["out_dtype"] = out_dtype

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -33,7 +35,7 @@ class Distance:
         differing: elements that differ, ``ties`` aside.
         worst: their largest difference, in ulps of the larger of the two values.
         outside: how many of them are not explained by :func:`allowance`.
-        ties: elements that the trim of TIES leaves open, see :func:`undecided`.
+        ties: elements that a trim by magnitude leaves open, see :func:`undecided`.
         differing_ties: how many of those differ.
     """
 
@@ -85,27 +87,49 @@ def ulp(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(magnitude), exponent - MANTISSA[dtype])
 
 
+CUT = ("ties", "breadcrumbs", "breadcrumbs_ties")
+"""Methods that cut task vectors by magnitude."""
+
+
 def kept_count(density: float, numel: int) -> int:
     """Elements that a trim to a density in (0, 1) keeps."""
     return max(1, int(density * numel))
 
 
-def undecided(plan: TensorPlan, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The elements of which a trim by magnitude may keep or drop any: those whose magnitude is the k-th largest of a
+def cuts(method: str, arguments: Mapping[str, Any], numel: int) -> list[tuple[int, ...]]:
+    """For each expert the ranks, by falling magnitude, after which ``method`` keeps or drops something else."""
+    found: list[tuple[int, ...]] = []
+    for i, density in enumerate(arguments["density"]):
+        if not 0 < density < 1 or numel == 0:
+            found.append(())
+        elif method == "ties":
+            found.append((kept_count(density, numel),))
+        else:
+            kept = int(density * numel)
+            outliers = min(int(arguments["gamma"][i] * numel), numel - kept)
+            found.append((outliers, outliers + kept) if kept else ())
+    return found
+
+
+def undecided(method: Method, plan: TensorPlan, tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """The elements of which a cut by magnitude may keep or drop any: those whose magnitude is the k-th largest of a
     task vector where that magnitude occurs more often than k allows. (At magnitude 0 keeping and dropping are one.)
+    None for methods that do not cut.
     """
+    if method.name not in CUT:
+        return None
     compute = plan.group.compute_dtype.to_torch()
     assert plan.group.base is not None
     base = tensors[plan.group.base].to(compute)
     mask = torch.zeros(base.shape, dtype=torch.bool)
-    for expert, density in zip(plan.group.experts, plan.arguments["density"]):
-        if not 0 < density < 1 or base.numel() == 0:
-            continue
+    for expert, ranks in zip(plan.group.experts, cuts(method.name, plan.arguments, base.numel())):
         magnitude = (tensors[expert].to(compute) - base).abs()
-        k = kept_count(density, base.numel())
-        threshold = magnitude.reshape(-1).double().topk(k).values[-1]
-        if threshold > 0 and int((magnitude >= threshold).sum()) > k:
-            mask |= magnitude == threshold
+        for k in ranks:
+            if k == 0:
+                continue
+            threshold = magnitude.reshape(-1).double().topk(k).values[-1]
+            if threshold > 0 and int((magnitude >= threshold).sum()) > k:
+                mask |= magnitude == threshold
     return mask
 
 
@@ -116,10 +140,12 @@ def allowance(
 
     ``fused`` says whether torch uses fused multiply-adds.
 
-    - ``task_arithmetic``, ``ties``: none. Both tools do the same operations in the same order, each rounded.
-    - ``ties`` with ``rescale`` in float32 or float64: the L1 norms are sums over a whole tensor, exact in seme, in the
-      working dtype in mergekit. Terms of one sign, added pairwise, come out a few eps off; so does their quotient, and
-      the merged task vector with it. In bfloat16 and float16 the norms are rounded so far that they are equal.
+    - ``task_arithmetic``, ``ties``, ``breadcrumbs``: none. Both tools do the same operations in the same order, each
+      rounded.
+    - ``ties`` and ``breadcrumbs`` with ``rescale`` in float32 or float64: the L1 norms are sums over a whole tensor,
+      exact in seme, in the working dtype in mergekit. Terms of one sign, added pairwise, come out a few eps off; so
+      does their quotient, and the merged task vector with it. In bfloat16 and float16 the norms are rounded so far
+      that they are equal.
     - ``linear``: none without fused multiply-adds. With them torch's addcmul, which mergekit adds with, does not round
       the products, and so the sums differ in the last bits.
     - ``slerp``: mergekit computes norms, inner product and coefficients in float32 (float64 for float64), seme in
@@ -139,8 +165,8 @@ def allowance(
     elif method.name == "slerp":
         size = sum(t.abs() for t in held)
         roundings = 8 + math.sqrt(plan.group.numel) / 8
-    elif method.name == "ties" and arguments["rescale"] and compute == work and min(arguments["density"]) < 1:
-        size = _rescaled_size(plan, held)
+    elif method.name in CUT and arguments["rescale"] and compute == work and min(arguments["density"]) < 1:
+        size = _rescaled_size(method, plan, held)
         roundings = 8.0
     else:
         return None
@@ -151,16 +177,19 @@ def allowance(
     return low, high
 
 
-def _rescaled_size(plan: TensorPlan, held: list[torch.Tensor]) -> torch.Tensor:
-    """How large base, scaled task vectors and result can be. What a trim keeps has at least the share ``density`` of
-    the L1 norm, so the factors are at most 1 / density."""
+def _rescaled_size(method: Method, plan: TensorPlan, held: list[torch.Tensor]) -> torch.Tensor:
+    """How large base, scaled task vectors and result can be."""
     arguments = plan.arguments
     assert plan.group.base is not None
     assert min(arguments["weight"]) > 0, "negative weights can cancel in the divisor, then this is no bound"
     base = held[plan.group.base]
-    moves = [
-        w * (held[i] - base).abs() / max(d, 1 / base.numel())
-        for i, w, d in zip(plan.group.experts, arguments["weight"], arguments["density"])
-    ]
+    moves = []
+    ranks = cuts(method.name, arguments, base.numel())
+    for i, w, cut in zip(plan.group.experts, arguments["weight"], ranks):
+        size = (held[i] - base).abs()
+        falling = size.reshape(-1).sort(descending=True).values
+        begin, end = (0, base.numel()) if not cut else cut if len(cut) == 2 else (0, *cut)
+        kept = float(falling[begin:end].sum())
+        moves.append(w * size * (float(falling.sum()) / kept if kept else 1.0))
     divisor = min(arguments["weight"]) if arguments["normalize"] else 1.0
     return base.abs() + abs(arguments["lambda_"]) * torch.stack(moves).sum(0) / divisor

@@ -306,7 +306,78 @@ parameters: {density: 0.5}
 """,
 }
 
-RECIPES = {"linear": LINEAR, "task_arithmetic": TASK_ARITHMETIC, "slerp": SLERP, "ties": TIES}
+BREADCRUMBS = {
+    "scalars": """
+merge_method: breadcrumbs
+models:
+  - {model: $a, parameters: {weight: 0.3, density: 0.5}}
+  - {model: $b, parameters: {weight: 0.7, density: 0.25, gamma: 0.1}}
+  - {model: $c, parameters: {weight: "5e-1", density: 0.9, gamma: 0.3}}
+base_model: $base
+parameters: {lambda: 0.8}
+""",
+    "defaults": """
+merge_method: breadcrumbs
+models:
+  - {model: $a, parameters: {weight: 0.3}}
+  - {model: $b, parameters: {weight: 0.7}}
+base_model: $base
+""",
+    "filters": """
+merge_method: breadcrumbs
+models:
+  - model: $a
+    parameters:
+      weight: 0.6
+      density:
+        - {filter: $mlp, value: 0.2}
+        - {filter: $second, value: [0.4, 0.9]}
+  - model: $c
+    parameters:
+      weight: {filter: $attention, value: [0.15, 0.85]}
+      gamma: [0.02, 0.2]
+base_model: $base
+parameters:
+  weight: 0.35
+  density:
+    - {filter: norm, value: 1}
+    - {value: 0.45}
+  normalize:
+    - {filter: $attention, value: [false, true]}
+""",
+    "extreme": """
+merge_method: breadcrumbs
+models:
+  - {model: $a, parameters: {weight: 0.5, density: 1e-9, gamma: 0.2}}
+  - {model: $b, parameters: {weight: 0.4, density: 0.3, gamma: 1}}
+  - {model: $c, parameters: {weight: 0.3, density: 0.4, gamma: 0}}
+base_model: $base
+""",
+    "rescale": """
+merge_method: breadcrumbs
+models:
+  - {model: $a, parameters: {weight: 0.5, density: 0.3}}
+  - {model: $b, parameters: {weight: 0.4, density: 0.55, gamma: 0.05}}
+  - {model: $c, parameters: {weight: 0.3}}
+base_model: $base
+parameters: {rescale: true, lambda: 0.9}
+""",
+}
+
+
+def renamed(recipes: dict[str, str], old: str, new: str) -> dict[str, str]:
+    """The same recipes with another method."""
+    return {name: text.replace(f"merge_method: {old}", f"merge_method: {new}") for name, text in recipes.items()}
+
+
+RECIPES = {
+    "breadcrumbs": BREADCRUMBS,
+    "breadcrumbs_ties": renamed(BREADCRUMBS, "breadcrumbs", "breadcrumbs_ties"),
+    "linear": LINEAR,
+    "slerp": SLERP,
+    "task_arithmetic": TASK_ARITHMETIC,
+    "ties": TIES,
+}
 
 PRECISIONS = {
     "float32, bfloat16": "dtype: float32\nout_dtype: bfloat16\n",

@@ -80,9 +80,6 @@ def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, di
     weights = [0.3, -0.7, 1.1, 0.5][:n]
     if name == "weighted_sum":
         return [(tensors, {"weights": [0.2, *weights], "divisor": d}) for d in (1.0, 0.7)]
-    if name == "task_vector_sum":
-        few = (tensors[:1], {"weights": []})
-        return [few] + [(tensors, {"weights": weights, "divisor": d, "scale": s}) for d, s in ((1.0, 1.0), (0.7, 1.3))]
     if name == "inner_products":
         return [(tensors[:1], {}), (tensors[:3], {})]
     if name == "nonfinite":
@@ -96,20 +93,29 @@ def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, di
         none = {"lowest": [2**63 - 1] * n, "shift": [47] * n}
         return [(tensors, whole), (tensors, narrow), (tensors, none)]
     if name == "tie_counts":
-        return [(tensors, {"thresholds": keys}), (tensors, {"thresholds": [0, 2**63 - 1, keys[-1]][:n]})]
+        others = [0, 2**63 - 1, keys[-1]][:n]
+        return [(tensors, {"thresholds": thresholds}) for thresholds in (keys, others, [*others, *keys])]
     some = [max(1, count * 2 // 3) for _, count in common]
     selections = [
         {"thresholds": keys, "tie_quotas": [UNLIMITED] * n},
         {"thresholds": keys, "tie_quotas": some},
         {"thresholds": [0, *keys[1:]], "tie_quotas": [numel // 9, 0, UNLIMITED, 1][:n]},
         {"thresholds": [2**63 - 1] * n, "tie_quotas": [0] * n},
+        {"thresholds": [*[k // 2 for k in keys], *keys], "tie_quotas": [*[numel // 9] * n, *some]},
+        {"thresholds": [*keys, *keys], "tie_quotas": [*some, *[s // 2 for s in some]]},
+        {"chances": [2**31 + 12345, 0, 2**32][:n], "seeds": [2**62 + 17, 3, 4][:n], "offset": 2**40 * 8},
+        {"chances": [2**30] * n, "seeds": [*range(n)], "offset": 3, "thresholds": keys, "tie_quotas": some},
     ]
     if name == "trimmed_l1":
         return [(tensors, s) for s in selections]
+    factors = {"weights": [-0.25] * n, "factors": [1.0, 1.7, 0.9, 2.0][:n]}
+    if name == "task_vector_sum":
+        few = (tensors[:1], {"weights": []})
+        whole = [(tensors, {"weights": weights, "divisor": d, "scale": s}) for d, s in ((1.0, 1.0), (0.7, 1.3))]
+        return [few, *whole, *((tensors, {**factors, **s}) for s in selections[1::2])]
     assert name == "ties", f"tests/kernels/cases.py has no calls of {name}"
-    plain = {"weights": weights, "factors": [1.0] * n}
-    scaled = {"weights": [-0.25] * n, "factors": [1.0, 1.7, 0.9, 2.0][:n], "scale": 0.9, "normalize": False}
-    return [(tensors, {**s, **(scaled if i == 1 else plain)}) for i, s in enumerate(selections)]
+    scaled = {**factors, "scale": 0.9, "normalize": False}
+    return [(tensors, {**s, **(scaled if i % 2 else {"weights": weights})}) for i, s in enumerate(selections)]
 
 
 def compare(launch: Launch, name: str, tensors: Tensors, arguments: dict[str, Any], compute: DType) -> None:

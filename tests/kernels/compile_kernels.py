@@ -45,8 +45,8 @@ VARIANTS = (
     ("float32", ("*fp32", "*fp32"), 1),
     ("float64", ("*fp64", "*fp32"), "i32"),
 )
-TABLES = {"reals": "*fp64"} | dict.fromkeys(("integers", "thresholds", "tie_ends", "counts", "total"), "*i64")
-INTEGERS = ("n", "i", "j", "count", "blocks")
+TABLES = {"reals": "*fp64"} | dict.fromkeys(("cuts", "draws", "thresholds", "tie_ends", "counts", "total"), "*i64")
+INTEGERS = ("n", "offset", "i", "j", "count", "blocks")
 
 
 def kernels(capability):
@@ -62,14 +62,17 @@ def kernels(capability):
         return name, kernel, constants, shape.options()
 
     yield entry("weighted_sum", weighted_sum.weighted_sum_kernel)
-    yield entry("task_vector_sum", task_vector_sum.task_vector_sum_kernel)
+    whole = {"CUTS": 0, "RANKED": False, "DRAWN": False, "ALIGNED": True}
+    yield entry("task_vector_sum", task_vector_sum.task_vector_sum_kernel, **whole)
+    yield entry("task_vector_sum", task_vector_sum.task_vector_sum_kernel, **whole | {"DRAWN": True})
     yield entry("inner_products", inner_products.inner_products_kernel)
     yield entry("magnitude_histogram", magnitude_histogram.magnitude_histogram_kernel)
-    yield entry("tie_counts", tie_counts.tie_counts_kernel)
-    yield entry("tie_counts", tie_counts.tie_counts_kernel, block=BLOCK)  # before trimmed_l1
+    yield entry("tie_counts", tie_counts.tie_counts_kernel, CUTS=1)
+    yield entry("tie_counts", tie_counts.tie_counts_kernel, block=BLOCK, CUTS=2)  # before trimmed_l1
     for ranked in (False, True):
-        yield entry("ties", ties.ties_kernel, RANKED=ranked, NORMALIZE=not ranked)
-        yield entry("trimmed_l1", trimmed_l1.trimmed_l1_kernel, RANKED=ranked)
+        selected = {"CUTS": 1 + ranked, "RANKED": ranked, "DRAWN": ranked, "ALIGNED": False}
+        yield entry("ties", ties.ties_kernel, NORMALIZE=not ranked, **selected)
+        yield entry("trimmed_l1", trimmed_l1.trimmed_l1_kernel, **selected)
     yield entry("nonfinite", nonfinite.nonfinite_kernel, EXPONENT=0x7C00)
 
 

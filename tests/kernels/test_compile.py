@@ -13,7 +13,7 @@ from scripts.kernel_resources import CAPABILITIES
 from seme.ops._registry import MATRIX_OPS, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
-HELPERS = {"__init__", "numeric", "tables", "tiles"}
+HELPERS = {"__init__", "numeric", "philox", "selection", "tables", "tiles"}
 MATRIX = {path.stem for path in (ROOT / "kernels").glob("*.py") if "from .tiles import" in path.read_text()}
 KERNELS = {path.stem for path in (ROOT / "kernels").glob("*.py")} - HELPERS - MATRIX
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that one program can have

@@ -10,7 +10,12 @@ from seme.errors import ConfigError
 from seme.methods import get, methods
 
 # Arguments with which a method that has required parameters can be called; more than one case may be given.
+SPARSE = {"weight": [0.5, 0.25], "density": [0.25, 0.75], "rescale": True, "lambda": 0.5}
 ARGUMENTS = {
+    "breadcrumbs": [{**SPARSE, "gamma": [0.05, 0.4]}, {"weight": [1.0, 1.0], "density": 0.5, "normalize": True}],
+    "breadcrumbs_ties": [{**SPARSE, "gamma": [0.05, 0.4]}, {"weight": 1.0, "density": 0.9, "normalize": True}],
+    "dare_linear": [SPARSE, {"weight": 1.0, "density": 0.5, "normalize": True, "rescale": False}],
+    "dare_ties": [SPARSE, {"weight": 1.0, "density": 0.5, "normalize": True, "rescale": False}],
     "linear": [{"weight": [0.25, 0.5, 0.25]}],
     "task_arithmetic": [{"weight": [0.5, 0.25], "lambda": 0.5}, {"weight": [0.5, 0.25], "normalize": True}],
     "slerp": [{"t": 0.25}],
@@ -19,6 +24,8 @@ ARGUMENTS = {
     "tsv_m": [{}],
     "iso_c": [{"weight": [0.5, 0.25]}],
 }
+RANDOM = ("dare_linear", "dare_ties")
+"""Methods that draw random numbers, which depend on the tensor's name and the model's place."""
 CASES = [(name, case) for name, cases in ARGUMENTS.items() for case in cases]
 ELEMENTWISE = [(name, case) for name, case in CASES if not get(name).matrix]
 
@@ -54,6 +61,8 @@ def reference(name, tensors, case):
             arguments[p.name] = [arguments[p.name]] * experts
     if "lambda" in arguments:
         arguments["lambda_"] = arguments.pop("lambda")
+    if name in RANDOM:
+        arguments["name"] = "w"
     return method.reference(tensors, base=0 if method.base == "required" else None, **arguments)
 
 
@@ -76,7 +85,7 @@ def test_all_inputs_equal_give_that_input(name, case):
     assert (run(name, tensors, case) - tensors[0]).abs().max() <= 4 * 2.0**-24
 
 
-@pytest.mark.parametrize(("name", "case"), [c for c in CASES if c[0] != "slerp"])
+@pytest.mark.parametrize(("name", "case"), [c for c in CASES if c[0] not in ("slerp", *RANDOM)])
 def test_order_of_the_models_does_not_matter(name, case):
     tensors = inputs(name)
     first = get(name).base == "required"
@@ -138,6 +147,18 @@ def test_unknown_and_missing_parameters_are_named(name):
     for required in [p.name for p in get(name).params if p.required][:1]:
         with pytest.raises(ConfigError, match=f"parameters.{required}: missing"):
             run(name, inputs(name), {})
+
+
+@pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.3, 1.0])
+def test_breadcrumbs_keeps_the_elements_after_the_outliers_in_a_stable_sort(density, gamma):
+    base, tuned = torch.zeros(10_000), inputs("ties", (10_000,))[1]
+    found = run("breadcrumbs", [base, tuned], {"weight": 1.0, "density": density, "gamma": gamma})
+    count = int(density * 10_000)
+    begin = min(int(gamma * 10_000), 10_000 - count)
+    kept = torch.zeros(10_000, dtype=torch.bool)
+    kept[torch.sort(tuned.abs(), descending=True, stable=True).indices[begin : begin + count]] = True
+    assert torch.equal(found, torch.where(kept, tuned, 0.0))
 
 
 def test_ties_keeps_exactly_the_elements_a_stable_sort_keeps():

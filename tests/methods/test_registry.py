@@ -8,7 +8,19 @@ from seme.methods import _registry as registry
 
 
 def test_methods_of_this_version():
-    assert list(methods()) == ["iso_c", "linear", "seme", "slerp", "task_arithmetic", "ties", "tsv_m"]
+    assert list(methods()) == [
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "dare_linear",
+        "dare_ties",
+        "iso_c",
+        "linear",
+        "seme",
+        "slerp",
+        "task_arithmetic",
+        "ties",
+        "tsv_m",
+    ]
 
 
 def test_parameters_defaults_and_scopes_are_mergekits():
@@ -21,6 +33,12 @@ def test_parameters_defaults_and_scopes_are_mergekits():
         "int8_mask": (bool, "shared", False),
         "lambda": (float, "shared", 1.0),
     }
+    crumbs = {p.name: (p.kind, p.scope, p.default) for p in get("breadcrumbs").params}
+    assert crumbs == {**ties, "gamma": (float, "expert", 0.01), "normalize": (bool, "shared", False)}
+    assert {p.name: (p.kind, p.scope, p.default) for p in get("breadcrumbs_ties").params} == crumbs
+    for name in ("dare_linear", "dare_ties"):
+        dare = {p.name: (p.kind, p.scope, p.default) for p in get(name).params}
+        assert dare == {**ties, "normalize": (bool, "shared", False), "rescale": (bool, "shared", True)}
     assert get("task_arithmetic").param("normalize").default is False
     assert get("linear").param("weight").scope == "model"
     assert (get("slerp").min_inputs, get("slerp").max_inputs) == (2, 2)

@@ -32,15 +32,16 @@ def integers(count):
 TWO = [view(X), view(X)]
 UNEQUAL = [view(X), view(X, N - 1)]
 
+ALL = ([0], [0], [1], [0], 0)  # a selection
 # Of every op: a call that works (arguments before the output, output), and the position of each per-tensor list.
 CALLS = {
     "weighted_sum": (([1.0, 1.0], 1.0, F32), view(OUT), [0]),
-    "task_vector_sum": (([1.0], 1.0, 1.0, F32), view(OUT), [0]),
+    "task_vector_sum": (([1.0], [1.0], ALL, 1.0, 1.0, F32), view(OUT), [0, 1]),
     "inner_products": ((F32,), doubles(4), []),
     "magnitude_histogram": (([0], [0], F32), integers(65538), [0, 1]),
-    "tie_counts": (([0], F32), integers(1), [0]),
-    "ties": (([1.0], [0], [0], [1.0], True, 1.0, F32), view(OUT), [0, 1, 2, 3]),
-    "trimmed_l1": (([0], [0], F32), doubles(2), [0, 1]),
+    "tie_counts": (([0], F32), integers(1), []),
+    "ties": (([1.0], [1.0], ALL, True, 1.0, F32), view(OUT), [0, 1]),
+    "trimmed_l1": ((ALL, F32), doubles(2), []),
 }
 
 
@@ -67,6 +68,24 @@ def test_counts_and_sizes(name):
         more = [*arguments[:position], arguments[position] * 2, *arguments[position + 1 :]]
         with pytest.raises(ValueError, match="one per tensor expected"):
             op(TWO, *more, out, 1)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        ([0, 0, 0], [0, 0, 0], [], [], 0),
+        ([0], [0, 0], [], [], 0),
+        ([0, 0], [0], [], [], 0),
+        ([], [0], [], [], 0),
+        ([], [], [1], [], 0),
+        ([], [], [1, 1], [1, 1], 0),
+    ],
+)
+def test_selections(selection):
+    with pytest.raises(ValueError, match="one per tensor expected"):
+        native.module().trimmed_l1(TWO, selection, F32, doubles(2), 1)
+    with pytest.raises(ValueError, match="one per tensor expected"):
+        native.module().tie_counts(TWO, [0, 0, 0], F32, integers(3), 1)
 
 
 def test_windows():

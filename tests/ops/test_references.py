@@ -147,7 +147,7 @@ def test_trimmed_l1(backend):
     base, tuned = normal(2 * BLOCK + 9), normal(2 * BLOCK + 9, seed=1)
     magnitude = (tuned - base).abs()
     threshold = magnitude.sort().values[5000]
-    sums = trimmed_l1(base, [tuned], [threshold.view(torch.int32).item()], [0], backend=backend)
+    sums = trimmed_l1(base, [tuned], thresholds=[threshold.view(torch.int32).item()], tie_quotas=[0], backend=backend)
     assert sums.shape == (3, 1, 2)
     before, after = (math.fsum(sums[:, 0, i].tolist()) for i in range(2))
     assert before == pytest.approx(math.fsum(magnitude.double().tolist()), rel=1e-13)  # float64 sums of 8192
