@@ -45,7 +45,9 @@ VARIANTS = (
     ("float32", ("*fp32", "*fp32"), 1),
     ("float64", ("*fp64", "*fp32"), "i32"),
 )
-TABLES = {"reals": "*fp64"} | dict.fromkeys(("cuts", "draws", "thresholds", "tie_ends", "counts", "total"), "*i64")
+TABLES = {"reals": "*fp64"} | dict.fromkeys(
+    ("cuts", "draws", "integers", "tie_ends", "thresholds", "counts", "total"), "*i64"
+)
 INTEGERS = ("n", "offset", "i", "j", "count", "blocks")
 
 

@@ -77,7 +77,7 @@ def test_unaligned_views(name, offset):
 @pytest.mark.parametrize("dtype", ["bf16-in-f32", "f32"])
 @pytest.mark.parametrize("name", OPS)
 def test_chunks(name, dtype):
-    """A tensor in chunks of whole blocks, with quotas handed on, gives what it gives at once."""
+    """A tensor in chunks of whole blocks, with quotas and offsets handed on, gives what it gives at once."""
     op, (stored, compute) = OPS[name], DTYPES[dtype]
     tensors = make_tensors(name, 5 * BLOCK + 77, stored)
     for chosen, arguments in calls(name, tensors, compute):
@@ -98,8 +98,10 @@ def test_chunks(name, dtype):
                 out = torch.full(shape, float("nan"), dtype=whole.dtype)
                 parts.append(out)
             op.run(piece, out, "cpu", 1, dict(params))
-            if "tie_quotas" in params:
-                used = torch.zeros(len(piece) - 1, dtype=torch.int64)
+            if op.positional:
+                params["offset"] += piece[0].numel()
+            if params.get("tie_quotas"):
+                used = torch.zeros(len(params["tie_quotas"]), dtype=torch.int64)
                 count = OPS["tie_counts"]
                 counting = {"thresholds": params["thresholds"], "compute_dtype": compute}
                 count.run(piece, used, "cpu", 1, counting)
