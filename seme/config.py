@@ -455,37 +455,45 @@ def _layer_range(value: Any, where: str) -> range:
     return range(value[0], value[1])
 
 
-_UNSUPPORTED = {
-    "lora": "merge the adapter into its model first; a recipe takes whole models",
-    "override_architecture": "not supported; the tensors come from the checkpoints: leave it out",
-}
-
-
 def _ref(value: Any, where: str) -> ModelRef:
-    """A model as text, as ``{path, revision}``, or as mergekit's ``{model: either of them}``, here with a revision."""
+    """A model as text, as ``{path, revision}``, or as mergekit's ``{model, lora, override_architecture}``."""
     if isinstance(value, Mapping):
-        for key, remedy in _UNSUPPORTED.items():
-            if value.get(key) is not None:
-                raise ConfigError(f"{where}.{key}: {remedy}")
-        name = "model" if "model" in value else "path"
-        _check_keys(value, (name, "revision", *_UNSUPPORTED), f"{where}.")
+        name = "path" if "path" in value and "model" not in value else "model"
+        _check_keys(value, (name, "revision", "lora", "override_architecture"), f"{where}.")
+        if value.get("override_architecture") is not None:
+            raise ConfigError(
+                f"{where}.override_architecture: has no use here, the tensors come from the checkpoints; leave it out"
+            )
         path, revision = value.get(name), value.get("revision")
         if name == "model" and revision is None:
-            return _ref(path, f"{where}.model")
-        if not isinstance(path, str) or not path or not isinstance(revision, (str, type(None))):
-            raise ConfigError(f"{where}: expected {{path: PATH, revision: REVISION}}")
-        return ModelRef(path, revision)
+            ref = _ref(path, f"{where}.model")
+        else:
+            if not isinstance(path, str) or not path or not isinstance(revision, (str, type(None))):
+                raise ConfigError(f"{where}: expected {{path: PATH, revision: REVISION}}")
+            ref = ModelRef(path, revision)
+        if value.get("lora") is None:
+            return ref
+        lora = _ref(value["lora"], f"{where}.lora")
+        if ref.lora is not None or lora.lora is not None:
+            raise ConfigError(f"{where}.lora: a second adapter; a model takes one, merge the first into it")
+        return ref._replace(lora=lora)
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{where}: expected a path or a hub id, found {brief(value)}")
     if local_path(value) is not None:
         return ModelRef(value)
-    if "+" in value:
-        raise ConfigError(
-            f"{where}: {value}: merge the adapter after '+' into its model first; a recipe takes whole models"
-        )
-    path, at, revision = value.partition("@")
+    model, *adapters = value.split("+")
+    if len(adapters) > 1:
+        raise ConfigError(f"{where}: {value}: expected MODEL or MODEL+ADAPTER; a model takes one adapter")
+    refs = [_plain_ref(part, value, where) for part in (model, *adapters)]
+    return refs[0]._replace(lora=refs[1]) if adapters else refs[0]
+
+
+def _plain_ref(text: str, value: str, where: str) -> ModelRef:
+    if text and local_path(text) is not None:
+        return ModelRef(text)
+    path, at, revision = text.partition("@")
     if "@" in revision or (at and not revision) or not path:
-        raise ConfigError(f"{where}: {value}: expected PATH or PATH@REVISION")
+        raise ConfigError(f"{where}: {value}: expected PATH or PATH@REVISION, maybe with +ADAPTER")
     return ModelRef(path, revision or None)
 
 

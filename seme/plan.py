@@ -17,6 +17,7 @@ from typing import Any
 
 from seme import dtypes
 from seme.checkpoint import Checkpoint, Layout, ModelRef, chat, check_free, layout, locate, resolve, same_model
+from seme.checkpoint.adapter import apply as adapted
 from seme.checkpoint.tokenizer import VOCABULARY_FILES
 from seme.config import MergeConfig, ModelEntry, Parameter, Section, Slice, suggest
 from seme.dtypes import DType
@@ -73,11 +74,18 @@ CONFIG_KEYS = (
 
 @dataclass(frozen=True)
 class Model:
-    """An input model: how the recipe names it, its checkpoint, its tensors as they are merged."""
+    """An input model: how the recipe names it, its checkpoint, its tensors as they are merged, its LoRA adapter."""
 
     ref: ModelRef
     checkpoint: Checkpoint
     tensors: Mapping[str, Source]
+    adapter: Checkpoint | None = None
+
+    def close(self) -> None:
+        """Close the files."""
+        self.checkpoint.close()
+        if self.adapter is not None:
+            self.adapter.close()
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ class Plan:
     def close(self) -> None:
         """Close the inputs."""
         for model in self.models:
-            model.checkpoint.close()
+            model.close()
 
 
 def make(
@@ -186,22 +194,27 @@ def make(
     _check_recipe(config, method, sections)
     donor = _position(config.base_model, refs) if config.base_model is not None else 0
     _check_tokenizer(config, refs)
-    local = [path for ref in refs if (path := locate(ref)) is not None]
+    loras = [ref.lora for ref in refs if ref.lora is not None]
+    local = [path for ref in (*refs, *loras) if (path := locate(ref)) is not None]
     if target is not None:
         _check_target(target, local, overwrite, recipe)
     paths = [resolve(ref) for ref in refs]  # from here on there may be downloads
+    adapters = {ref: resolve(ref.lora) for ref in refs if ref.lora is not None}
     if target is not None:
-        _check_target(target, paths, overwrite, recipe)
+        _check_target(target, [*paths, *adapters.values()], overwrite, recipe)
     models: list[Model] = []
     try:
         for ref, path in zip(refs, paths):
             checkpoint = Checkpoint(path)
             models.append(Model(ref, checkpoint, stored_tensors(checkpoint)))
+            if (lora := adapters.get(ref)) is not None:
+                tensors, adapter = adapted(lora, models[-1].tensors)
+                models[-1] = replace(models[-1], tensors=tensors, adapter=adapter)
         folders = [path if path.is_dir() else path.parent for path in paths]  # of a model that is given as a file
         return _plan(config, method, sections, tuple(models), folders, donor, target, max_shard)
     except BaseException:
         for model in models:
-            model.checkpoint.close()
+            model.close()
         raise
 
 

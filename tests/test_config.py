@@ -299,11 +299,13 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"models": [{"model": 7}]}, "models[0].model: expected a path or a hub id, found 7"),
     ({"models": [{"model": ""}]}, "models[0].model: expected a path or a hub id, found ''"),
-    ({"models": [{"model": "a+lora"}]}, "models[0].model: a+lora: merge the adapter after '+' into its model first"),
+    ({"models": [{"model": "a+b+c"}]}, "models[0].model: a+b+c: expected MODEL or MODEL+ADAPTER; a model takes one"),
+    ({"models": [{"model": "a+"}]}, "models[0].model: a+: expected PATH or PATH@REVISION, maybe with +ADAPTER"),
     ({"models": [{"model": "a@b@c"}]}, "models[0].model: a@b@c: expected PATH or PATH@REVISION"),
     ({"models": [{"model": "a@"}]}, "models[0].model: a@: expected PATH or PATH@REVISION"),
     ({"models": [{"model": "@r"}]}, "models[0].model: @r: expected PATH or PATH@REVISION"),
-    ({"models": [{"model": {"model": "a", "lora": "b"}}]}, "models[0].model.lora: merge the adapter"),
+    ({"models": [{"model": {"model": "a+c", "lora": "b"}}]}, "models[0].model.lora: a second adapter; a model takes"),
+    ({"models": [{"model": {"model": "a", "lora": "b+c"}}]}, "models[0].model.lora: a second adapter; a model takes"),
     (
         {"models": [{"model": {"path": "a", "revison": "b"}}]},
         "models[0].model.revison: unknown key; did you mean 'revision'?",
@@ -315,10 +317,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"base_model": {"model": {"path": "a"}, "revision": "b"}},
         "base_model: expected {path: PATH, revision: REVISION}",
     ),
-    ({"base_model": {"path": "a", "lora": "b"}}, "base_model.lora: merge the adapter into its model first"),
+    ({"base_model": {"path": "a", "lora": 5}}, "base_model.lora: expected a path or a hub id, found 5"),
     (
         {"base_model": {"model": "a", "override_architecture": "X"}},
-        "base_model.override_architecture: not supported; the tensors come from the checkpoints",
+        "base_model.override_architecture: has no use here, the tensors come from the checkpoints; leave it out",
     ),
     ({"models": [{"model": {"revision": "b"}}]}, "models[0].model: expected {path: PATH, revision: REVISION}"),
     (
@@ -530,7 +532,7 @@ def test_every_message_is_one_printable_line() -> None:
     with pytest.raises(ConfigError) as e:
         load({**RECIPE, "models": [{"model": "+" + "x" * 10_000}]})
     assert len(str(e.value)) == 1000
-    assert str(e.value).endswith("a recipe takes whole models")
+    assert str(e.value).endswith("maybe with +ADAPTER")
 
 
 def test_the_docs_list_every_key_and_every_parameter_with_its_default() -> None:

@@ -16,13 +16,15 @@ _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 
 
 class ModelRef(NamedTuple):
-    """A model as the recipe names it: local path or repository id, and a revision for the latter."""
+    """A model as the recipe names it: local path or repository id, a revision for the latter, and a LoRA adapter."""
 
     path: str
     revision: str | None = None
+    lora: ModelRef | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
+        name = f"{self.path}@{self.revision}" if self.revision else self.path
+        return f"{name}+{self.lora}" if self.lora is not None else name
 
 
 def local_path(path: str) -> Path | None:
@@ -36,14 +38,18 @@ def local_path(path: str) -> Path | None:
 
 def same_model(a: ModelRef, b: ModelRef) -> bool:
     """True for one reference, and for two spellings of one local path."""
-    if a == b or a.revision != b.revision:
+    if a == b or a.revision != b.revision or (a.lora is None) != (b.lora is None):
         return a == b
+    if a.lora is not None and b.lora is not None and not same_model(a.lora, b.lora):
+        return False
+    if a.path == b.path:
+        return True
     x, y = local_path(a.path), local_path(b.path)
     return x is not None and y is not None and x.samefile(y)
 
 
 def locate(ref: ModelRef) -> Path | None:
-    """Where a model is on this machine; None for one that only the hub can have. Asks nobody.
+    """Where a model (without its adapter) is on this machine; None for one that only the hub can have. Asks nobody.
 
     Raises:
         CheckpointError: it can only be a local path, and nothing is there; or a local path is given a revision.
@@ -71,7 +77,7 @@ def _here(path: str) -> str:
 
 
 def resolve(ref: ModelRef) -> Path:
-    """The local folder of a model; a hub repository is downloaded into the hub's cache if need be.
+    """The local folder of a model, without its adapter; a hub repository is downloaded into the hub's cache if need be.
 
     Only the weights that :mod:`seme.checkpoint.index` would read are fetched. ``HF_HUB_OFFLINE`` and the other
     variables of ``huggingface_hub`` apply.
@@ -93,7 +99,7 @@ def resolve(ref: ModelRef) -> Path:
             found = huggingface_hub.HfApi().model_info(ref.path, revision=ref.revision, timeout=TIMEOUT)
         except Exception as e:
             with contextlib.suppress(Exception):  # offline: what the cache holds
-                patterns = [*_SMALL, "model*.safetensors"]
+                patterns = [*_SMALL, "model*.safetensors", "adapter_model.safetensors"]
                 cached = huggingface_hub.snapshot_download(
                     ref.path, revision=ref.revision, local_files_only=True, allow_patterns=patterns
                 )
@@ -115,7 +121,7 @@ def _weights(files: list[str]) -> list[str]:
 
     A repository may hold the same weights more than once, as ``consolidated.safetensors`` or in subfolders.
     """
-    for single in (SAFETENSORS, PICKLE):
+    for single in (SAFETENSORS, PICKLE, "adapter_model.safetensors", "adapter_model.bin"):
         if single in files:
             return [single]
         if f"{single}.index.json" in files:

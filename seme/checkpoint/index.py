@@ -48,7 +48,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             return _shards(index)
     hint = "; name the folder that holds them"
     if "adapter_model.safetensors" in names or "adapter_config.json" in names:
-        hint = "; this is a LoRA adapter: merge it into its base model first"
+        hint = "; this is a LoRA adapter: write it after its model, MODEL+ADAPTER"
     elif any(name.endswith(".gguf") for name in names):
         hint = "; GGUF files are quantised: use the original checkpoint"
     raise CheckpointError(f"{folder}: no {SAFETENSORS} or {PICKLE}, nor an index of shards{hint}")
