@@ -123,6 +123,34 @@ def test_no_sort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seme.merge(config, tmp_path / backend, backend=backend)
 
 
+def test_adapters_are_added_while_they_are_read(tmp_path: Path) -> None:
+    """Theme 7: ``model+adapter``; the output folder is the only one that is written."""
+    from safetensors.torch import save_file
+
+    base = make.llama(tmp_path / "base", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(32, 4, generator=generator), torch.randn(4, 32, generator=generator)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    place = "model.layers.0.self_attn.q_proj"
+    factors = {"lora_A": right, "lora_B": left}
+    save_file(
+        {f"base_model.model.{place}.{n}.weight": t for n, t in factors.items()}, adapter / "adapter_model.safetensors"
+    )
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    before = {path.name for path in tmp_path.iterdir()}
+    config = {"merge_method": "task_arithmetic", "base_model": str(base), "parameters": {"weight": 0.5}}
+    config["models"] = [{"model": f"{base}+{adapter}"}]
+    seme.merge(config, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == before | {"out"}
+    stored, found = read(base), read(tmp_path / "out")
+    for name, tensor in stored.items():
+        wanted = tensor + 0.5 * (2 * left @ right) if name == f"{place}.weight" else tensor
+        # The product and two sums in float32, of numbers below 50.
+        assert torch.allclose(found[name], wanted, rtol=1e-6, atol=1e-5), name
+
+
 def test_vision_language_checkpoints(tmp_path: Path) -> None:
     """Theme 8: the tower and the projector are merged as well."""
     generator = torch.Generator().manual_seed(0)
