@@ -17,7 +17,11 @@ from seme import __version__
 from seme.errors import ConfigError, LateInterrupt, SemeError
 
 if TYPE_CHECKING:
-    from seme.engine import Progress
+    from seme.config import MergeConfig
+    from seme.engine import Options, Progress
+    from seme.merging import MergeResult
+    from seme.plan import Plan
+    from seme.steps import Step
 
 COMPLETE = "; the merge was complete"
 
@@ -127,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--seed", type=int, metavar="N", help="of methods that draw random numbers (default: 0)")
     merge.add_argument("--compat", choices=("mergekit",), help="mergekit's values where seme's differ by default")
+    merge.add_argument(
+        "--keep-steps", type=Path, metavar="DIR", help="keep the results of recipes with a name in this folder"
+    )
     merge.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
 
     methods = command("methods", _methods, "list the merge methods, or explain one")
@@ -150,11 +157,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from seme import gpu
+    from seme import gpu, steps
     from seme import plan as planning
     from seme.checkpoint import local_path
-    from seme.config import load, override
-    from seme.merging import make_options, ready, run
+    from seme.merging import make_options, merge_steps, run
     from seme.sizes import format_size, parse_size
 
     args.state = "; nothing was written"
@@ -163,26 +169,29 @@ def _merge(args: argparse.Namespace) -> int:
     options = make_options(args.memory, args.threads, args.nonfinite, args.gpu_memory)
     gpu.check(args.backend, args.device)  # before models are downloaded
     shard = parse_size(args.out_shard_size, "--out-shard-size")
-    config = override(load(Path(args.config)), seed=args.seed, compat=args.compat)
-    plan = planning.make(config, args.out, shard, args.overwrite, local_path(args.config))
-    if args.dry_run:
-        from seme.report.plan import plan_as_dict, plan_as_text
+    found_steps = steps.read(Path(args.config), seed=args.seed, compat=args.compat)
 
-        try:
-            place = ready(plan, options, args.backend, args.device)
-        finally:
-            plan.close()
-        if args.json:
-            print(json.dumps(plan_as_dict(plan, options, place, args.verbose), indent=2))
-        else:
-            print(plan_as_text(plan, options, place, args.verbose))
-        return 0
-    if not args.quiet and not args.json:
-        for note in plan.notes:
-            print(f"note: {note}")
-    display = _Display(quiet=args.quiet or args.json)
-    with display:
-        result = run(plan, args.out, options, args.backend, args.device, args.overwrite, display.update)
+    def make(config: MergeConfig, name: str | None, target: Path | None) -> Plan:
+        overwrite = args.overwrite and name is None
+        return planning.make(config, target, shard, overwrite, local_path(args.config))
+
+    if args.dry_run:
+        return _dry_run(args, found_steps, options, make)
+    notes: list[str] = []
+
+    def one(config: MergeConfig, name: str | None, place: Path) -> MergeResult:
+        target = args.out if name is None else place
+        plan = make(config, name, target)
+        notes.extend(plan.notes)
+        if not args.quiet and not args.json:
+            for line in (*([f"step: {name}"] if name is not None else []), *(f"note: {n}" for n in plan.notes)):
+                print(line)
+        display = _Display(quiet=args.quiet or args.json)
+        with display:
+            overwrite = args.overwrite and name is None
+            return run(plan, target, options, args.backend, args.device, overwrite, display.update)
+
+    result = merge_steps(found_steps, args.out, args.keep_steps, args.overwrite, one)
     args.state = COMPLETE
     peak = _peak_memory()
     if args.json:
@@ -196,7 +205,7 @@ def _merge(args: argparse.Namespace) -> int:
             "device": result.device,
             "peak_gpu_bytes": result.gpu_bytes,
             "peak_rss_bytes": peak,
-            "notes": list(plan.notes),
+            "notes": notes,
         }
         print(json.dumps(found))
     elif not args.quiet:
@@ -205,6 +214,42 @@ def _merge(args: argparse.Namespace) -> int:
             f"{result.path}: {result.tensors} tensors, {format_size(result.bytes_written)} in {result.seconds:.1f} s "
             f"({format_size(rate)}/s read and written), peak memory {format_size(peak)}"
         )
+    return 0
+
+
+def _dry_run(
+    args: argparse.Namespace,
+    found: Sequence[Step],
+    options: Options,
+    make: Callable[[MergeConfig, str | None, Path | None], Plan],
+) -> int:
+    """Check everything and print the plan; of several recipes, of those whose models are all there."""
+    from seme import steps
+    from seme.merging import ready
+    from seme.report.plan import plan_as_dict, plan_as_text
+
+    if len(found) > 1:
+        steps.check(found, args.keep_steps)
+    shown = []
+    for step in found:
+        if step.needs:
+            what: dict[str, Any] = {"needs": list(step.needs)}
+            text = f"planned when there is {', '.join(step.needs)}"
+        else:
+            plan = make(step.config, step.name, args.out if step.name is None else None)
+            try:
+                place = ready(plan, options, args.backend, args.device)
+            finally:
+                plan.close()
+            what = plan_as_dict(plan, options, place, args.verbose)
+            text = plan_as_text(plan, options, place, args.verbose)
+        shown.append(({"name": step.name, **what}, f"step      {step.name or 'the output'}\n{text}"))
+        if len(found) == 1:
+            shown = [(what, text)]
+    if args.json:
+        print(json.dumps([what for what, _ in shown] if len(found) > 1 else shown[0][0], indent=2))
+    else:
+        print("\n\n".join(text for _, text in shown))
     return 0
 
 

@@ -15,8 +15,8 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,38 +235,94 @@ def load(config: Mapping[str, Any] | str | Path) -> MergeConfig:
     Raises:
         ConfigError: anything wrong with it; the message begins with the place.
     """
+    if isinstance(config, (list, tuple)):
+        raise ConfigError(f"recipe: {brief(config)}; expected a mapping, the path of a YAML file, or YAML text")
+    found = documents(config)
+    if len(found) > 1:
+        raise ConfigError(f"recipe: {len(found)} documents, one recipe each; expected one")
+    return parse(*found[0])
+
+
+def documents(config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path) -> list[tuple[dict[str, Any], str]]:
+    """The documents of a YAML file or text, mostly one, as mappings with their text.
+
+    Args:
+        config: as for :func:`load`, or a list of mappings.
+
+    Raises:
+        ConfigError: what is no YAML, or no mapping.
+    """
     import yaml
 
-    if isinstance(config, Mapping):
+    if isinstance(config, (Mapping, list, tuple)):
         try:
-            data = _plain(config)
+            given = [_plain(c) for c in ([config] if isinstance(config, Mapping) else config)]
         except RecursionError:
             raise ConfigError("recipe: nested too deep, perhaps in itself") from None
-        return _parse(data, yaml.safe_dump(data, sort_keys=False))
-    if not isinstance(config, (str, os.PathLike)):
+        name, text, single = "recipe", "", False
+    elif isinstance(config, (str, os.PathLike)):
+        name, text = _read(config)
+        try:
+            given = list(yaml.load_all(text, Loader=_unique_loader()))
+        except Exception as e:  # besides YAMLError whatever int(), datetime() and the like say to a malformed scalar
+            mark = getattr(e, "problem_mark", None)
+            place = f":{mark.line + 1}" if mark else ""
+            reason = getattr(e, "problem", None) or str(e).partition("\n")[0][:200] or type(e).__name__
+            raise ConfigError(f"{name}{place}: not valid YAML: {reason}") from e
+        given = [d for d in given if d is not None] or [None]
+        single = len(given) == 1
+    else:
         raise ConfigError(f"recipe: {brief(config)}; expected a mapping, the path of a YAML file, or YAML text")
+    for data in given or [None]:
+        if not isinstance(data, Mapping):
+            raise ConfigError(
+                f"{name}: a recipe is a mapping with merge_method and models, found {type(data).__name__}"
+            )
+    return [(data, text if single else yaml.safe_dump(data, sort_keys=False)) for data in given]
+
+
+def _read(config: str | os.PathLike[str]) -> tuple[str, str]:
+    """A recipe's text, and what to call it in messages."""
     text = str(config)
     is_file = not isinstance(config, str) or ("\n" not in text and (local_path(text) is not None or ": " not in text))
-    if is_file:
-        try:
-            text = Path(config).expanduser().read_text(encoding="utf-8")
-        except UnicodeDecodeError as e:
-            raise ConfigError(f"{config}: recipe is not UTF-8 text; save it as such") from e
-        except OSError as e:
-            raise ConfigError(f"{text[:300]}: recipe {cannot_read(e)}") from e
-        except (ValueError, RuntimeError) as e:  # a NUL in it, no such user
-            raise ConfigError(f"{text[:300]}: recipe cannot be read: {e}; correct the path") from e
-    name = str(config) if is_file else "recipe"
+    if not is_file:
+        return "recipe", text
     try:
-        data = yaml.load(text, Loader=_unique_loader())
-    except Exception as e:  # besides YAMLError whatever int(), datetime() and the like say to a malformed scalar
-        mark = getattr(e, "problem_mark", None)
-        place = f":{mark.line + 1}" if mark else ""
-        reason = getattr(e, "problem", None) or str(e).partition("\n")[0][:200] or type(e).__name__
-        raise ConfigError(f"{name}{place}: not valid YAML: {reason}") from e
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{name}: a recipe is a mapping with merge_method and models, found {type(data).__name__}")
-    return _parse(data, text)
+        return text, Path(config).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{config}: recipe is not UTF-8 text; save it as such") from e
+    except OSError as e:
+        raise ConfigError(f"{text[:300]}: recipe {cannot_read(e)}") from e
+    except (ValueError, RuntimeError) as e:  # a NUL in it, no such user
+        raise ConfigError(f"{text[:300]}: recipe cannot be read: {e}; correct the path") from e
+
+
+def with_models(config: MergeConfig, models: Mapping[str, ModelRef], source: str) -> MergeConfig:
+    """A recipe with other models in the place of some that it names, and another text."""
+
+    def at(ref: ModelRef | None) -> Any:
+        found = models.get(ref.path) if ref is not None and ref.revision is None else None
+        return ref if found is None or ref is None else found._replace(lora=ref.lora)
+
+    sections = tuple(
+        replace(
+            section,
+            slices=tuple(
+                replace(
+                    part,
+                    entries=tuple(replace(e, ref=at(e.ref)) for e in part.entries),
+                    base_model=at(part.base_model),
+                )
+                for part in section.slices
+            ),
+        )
+        for section in config.sections
+    )
+    tokenizer = config.tokenizer
+    if tokenizer is not None:
+        tokens = {token: replace(rule, model=at(rule.model)) for token, rule in tokenizer.tokens.items()}
+        tokenizer = replace(tokenizer, source=at(tokenizer.source), tokens=tokens)
+    return replace(config, sections=sections, base_model=at(config.base_model), tokenizer=tokenizer, source=source)
 
 
 def _plain(value: Any) -> Any:
@@ -314,8 +370,13 @@ def _unique_loader() -> Any:
     return Loader
 
 
-def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
-    from seme.roles import parse  # which reports mistakes with suggest()
+def parse(data: Mapping[str, Any], source: str) -> MergeConfig:
+    """A recipe from one of :func:`documents`.
+
+    Raises:
+        ConfigError: the first mistake.
+    """
+    from seme.roles import parse as parse_roles  # which reports mistakes with suggest()
 
     _check_keys(data, KEYS, "")
     method = data.get("merge_method")
@@ -338,7 +399,7 @@ def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
         compat=compat,
         source=source,
         seed=_seed(data.get("seed")),
-        roles=parse(data.get("roles")),
+        roles=parse_roles(data.get("roles")),
     )
 
 
@@ -362,7 +423,7 @@ def override(config: MergeConfig, **keys: Any) -> MergeConfig:
     if not given:
         return config
     data = {**yaml.load(config.source, Loader=_unique_loader()), **given}
-    return _parse(data, yaml.safe_dump(data, sort_keys=False))
+    return parse(data, yaml.safe_dump(data, sort_keys=False))
 
 
 def _name(key: Any) -> str:

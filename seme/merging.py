@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from seme import gpu
+from seme import gpu, steps
 from seme import plan as planning
-from seme.checkpoint import Writer, local_path
+from seme.checkpoint import Writer, check_free, local_path
 from seme.checkpoint.tokenizer import MODEL_FILES, OUTDATED, TOKENIZER_FILES
-from seme.config import load, override
+from seme.config import MergeConfig
 from seme.dtypes import DType
 from seme.engine import Engine, Options, Progress, chunk_bytes
 from seme.errors import CheckpointError, ConfigError, LateInterrupt, brief
@@ -23,6 +23,7 @@ from seme.plan import Plan
 from seme.report.card import model_card
 from seme.runtime import Place
 from seme.sizes import parse_size
+from seme.steps import Step
 
 NONFINITE = ("error", "keep", "zero")
 
@@ -51,7 +52,7 @@ def default_threads() -> int:
 
 
 def merge(
-    config: Mapping[str, Any] | str | Path,
+    config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path,
     out: str | Path,
     *,
     memory: str | int | None = None,
@@ -64,12 +65,14 @@ def merge(
     nonfinite: str = "error",
     seed: int | None = None,
     compat: str | None = None,
+    keep_steps: str | Path | None = None,
     watch: Callable[[Progress], None] | None = None,
 ) -> MergeResult:
     """Merge models as a recipe says and write the result as a Hugging Face model folder.
 
     Args:
-        config: the recipe: a mapping, a YAML file, or YAML text. ``docs/config.md`` has its keys.
+        config: the recipe: a mapping, a YAML file, or YAML text; of several recipes that use each other's results a
+            list of mappings, or YAML of several documents. ``docs/config.md`` has the keys.
         out: the new folder; it appears whole when all is on disk, or not at all.
         memory: limit of the buffers, e.g. ``"1GiB"``; of element-wise methods the process peaks about 30 MB above, of
             others the dry run (``seme merge --dry-run``) says where. Default: 256 MiB, on a GPU 1 GiB.
@@ -82,10 +85,11 @@ def merge(
         nonfinite: inf or NaN in an input: ``error`` (named with tensor and count), ``keep`` or ``zero``.
         seed: of methods that draw random numbers; overrules the recipe's, which is 0 by default.
         compat: ``"mergekit"``: mergekit's values where seme's differ by default; overrules the recipe's.
+        keep_steps: folder in which the results of recipes with a name stay.
         watch: called about ten times a second with the progress.
 
     Returns:
-        What was done.
+        What was done; of several recipes, for the output.
 
     Raises:
         SemeError: a mistake in recipe, checkpoints or target; the target is as it was.
@@ -96,10 +100,32 @@ def merge(
     options = make_options(memory, threads, nonfinite, gpu_memory)
     gpu.check(backend, device)  # before models are downloaded
     shard = parse_size(out_shard_size, "out_shard_size")
-    recipe = None if isinstance(config, Mapping) else local_path(str(config))
-    chosen = override(load(config), seed=seed, compat=compat)
-    plan = planning.make(chosen, Path(out), shard, overwrite, recipe)
-    return run(plan, Path(out), options, backend, device, overwrite, watch)
+    recipe = local_path(str(config)) if isinstance(config, (str, os.PathLike)) else None
+    keep = None if keep_steps is None else Path(keep_steps)
+
+    def one(step: MergeConfig, name: str | None, place: Path) -> MergeResult:
+        target = Path(out) if name is None else place
+        plan = planning.make(step, target, shard, overwrite and name is None, recipe)
+        return run(plan, target, options, backend, device, overwrite and name is None, watch)
+
+    return merge_steps(steps.read(config, seed=seed, compat=compat), Path(out), keep, overwrite, one)
+
+
+def merge_steps(
+    found: Sequence[Step],
+    out: Path,
+    keep: Path | None,
+    overwrite: bool,
+    merge: Callable[[MergeConfig, str | None, Path], MergeResult],
+) -> MergeResult:
+    """Run recipes, mostly one, as :func:`seme.steps.run` does, after all that can be checked of them before."""
+    if len(found) == 1:
+        return merge(found[0].config, None, out)
+    steps.check(found, keep)
+    check_free(out, overwrite)
+    with steps.folder(out, keep) as where:
+        result: MergeResult = steps.run(found, where, keep, merge)
+    return result
 
 
 def make_options(

@@ -188,12 +188,8 @@ def make(
     Raises:
         SemeError: the first mistake found in recipe, checkpoints or target.
     """
-    method = get(config.merge_method)
-    sections = _with_base(config)
-    refs = _refs(config, sections)
-    _check_recipe(config, method, sections)
+    method, sections, refs = _checked(config)
     donor = _position(config.base_model, refs) if config.base_model is not None else 0
-    _check_tokenizer(config, refs)
     loras = [ref.lora for ref in refs if ref.lora is not None]
     local = [path for ref in (*refs, *loras) if (path := locate(ref)) is not None]
     if target is not None:
@@ -216,6 +212,28 @@ def make(
         for model in models:
             model.close()
         raise
+
+
+def check(config: MergeConfig, made: Collection[str] = ()) -> None:
+    """Check what can be checked of a recipe without opening its models; those named in ``made`` are yet to come.
+
+    Raises:
+        SemeError: the first mistake found.
+    """
+    _, _, refs = _checked(config)
+    for ref in (*refs, *(ref.lora for ref in refs)):
+        if ref is not None and ref.path not in made:
+            locate(ref)
+
+
+def _checked(config: MergeConfig) -> tuple[Method, tuple[Section, ...], list[ModelRef]]:
+    """The method, the sections with their base models, every model; checked as far as the recipe goes."""
+    method = get(config.merge_method)
+    sections = _with_base(config)
+    refs = _refs(config, sections)
+    _check_recipe(config, method, sections)
+    _check_tokenizer(config, refs)
+    return method, sections, refs
 
 
 def _with_base(config: MergeConfig) -> tuple[Section, ...]:

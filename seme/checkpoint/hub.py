@@ -16,14 +16,18 @@ _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 
 
 class ModelRef(NamedTuple):
-    """A model as the recipe names it: local path or repository id, a revision for the latter, and a LoRA adapter."""
+    """A model as the recipe names it: local path or repository id, a revision for the latter, and a LoRA adapter.
+
+    ``label`` is its name in messages, where that is not the path.
+    """
 
     path: str
     revision: str | None = None
     lora: ModelRef | None = None
+    label: str | None = None
 
     def __str__(self) -> str:
-        name = f"{self.path}@{self.revision}" if self.revision else self.path
+        name = f"{self.path}@{self.revision}" if self.revision else self.label or self.path
         return f"{name}+{self.lora}" if self.lora is not None else name
 
 

@@ -119,7 +119,7 @@ def test_only_safetensors_are_fetched_where_there_are_any(hub: Hub) -> None:
             ["model-1.safetensors", "model-2.safetensors"],
         ),
         (["p-1.bin", "p-2.bin", "pytorch_model.bin.index.json", "sub/x.bin"], ["p-1.bin", "p-2.bin"]),
-        (["adapter_model.safetensors"], []),
+        (["adapter_model.safetensors", "x.safetensors"], ["adapter_model.safetensors"]),
     ],
 )
 def test_weights_that_are_there_twice_are_fetched_once(files: list[str], fetched: list[str], hub: Hub) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 
 from seme.checkpoint import Checkpoint
 from seme.checkpoint.safetensors import MAX_HEADER, read_header
-from seme.config import MergeConfig, load
+from seme.config import KEYS, MergeConfig, load
 from seme.errors import CheckpointError, SemeError
 
 
@@ -351,6 +351,11 @@ keys = st.sampled_from(
         "value",
         "path",
         "lora",
+        "sources",
+        "layer_range",
+        "tokens",
+        "source",
+        "kind",
     ]
 )
 recipes = st.recursive(
@@ -363,7 +368,7 @@ nearly = st.fixed_dictionaries(
         "merge_method": st.just("ties") | recipes,
         "models": st.lists(st.fixed_dictionaries({"model": recipes})) | recipes,
     },
-    optional=dict.fromkeys(("base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "compat"), recipes),
+    optional=dict.fromkeys(KEYS[1:], recipes),
 )
 
 
