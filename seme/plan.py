@@ -284,6 +284,10 @@ def _plan(
     found = roles(model_config, shapes, config.roles) if method.matrix else {}
     tensors = tuple(_tensor(config, method, t, found.get(t.name)) for t in targets)
     if method.uses_bases is not None and any(method.uses_bases(t.arguments) for t in tensors if not t.copy):
+        if models[donor].adapter is not None:
+            raise ConfigError(
+                f"base_model: {models[donor].ref}: semantic bases are those of a stored head; use sigma: 0"
+            )
         latent(models[donor].checkpoint.config, shapes, config.roles)
     whole = method.asks_for_whole({t.name: t.arguments for t in tensors if not t.copy})
     changed = any(isinstance(s, Gathered) for t in targets for s in t.sources)

@@ -790,3 +790,15 @@ class TestTokenizers:
                 merge_method="seme", models=["a"], base_model="base", parameters={"rule": "sequence"},
                 tokenizer_source="base",
             )  # fmt: skip
+
+
+def test_semantic_bases_are_of_no_adapter(models: Path) -> None:
+    Path("lora").mkdir()
+    (Path("lora") / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 2}')
+    factors = {f"base_model.model.lm_head.lora_{x}.weight": torch.ones(s) for x, s in (("A", (1, 8)), ("B", (17, 1)))}
+    write(Path("lora"), factors, None)
+    (Path("lora") / "model.safetensors").rename("lora/adapter_model.safetensors")
+    recipe: dict[str, Any] = {"merge_method": "seme", "models": ["a"], "base_model": "base+lora"}
+    assert plan(**recipe, parameters={}).models[1].adapter is not None
+    with pytest.raises(ConfigError, match=r"^base_model: base\+lora: semantic bases are those of a stored head"):
+        plan(**recipe, parameters={"sigma": 0.5})
