@@ -60,7 +60,7 @@ void fill(uint64_t key, uint64_t block, int64_t blocks, int32_t* u) {
 
 }  // namespace
 
-int32_t* upper_halves(uint64_t key, int64_t e, int64_t n, int32_t (&memory)[kDraws]) {
+const int32_t* upper_halves(uint64_t key, int64_t e, int64_t n, int32_t (&memory)[kDraws]) {
     const int64_t skip = e % kPerBlock;
     fill(key, uint64_t(e / kPerBlock), (skip + n + kPerBlock - 1) / kPerBlock, memory);
     return memory + skip;

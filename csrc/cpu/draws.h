@@ -11,6 +11,6 @@ constexpr int64_t kBlocksAtOnce = 16;
 constexpr int64_t kDraws = kTile + kBlocksAtOnce * kPerBlock;
 
 // The upper halves of elements [e, e + n) of a tensor, n <= kTile: a pointer into `memory`.
-int32_t* upper_halves(uint64_t key, int64_t e, int64_t n, int32_t (&memory)[kDraws]);
+const int32_t* upper_halves(uint64_t key, int64_t e, int64_t n, int32_t (&memory)[kDraws]);
 
 }  // namespace seme::cpu

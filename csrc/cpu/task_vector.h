@@ -115,14 +115,16 @@ struct Keep {
   private:
     SEME_INLINE void draw(T* d, int64_t e, int64_t n) const {
         int32_t memory[kDraws];
-        int32_t* upper = upper_halves(key, e, n, memory);
+        const int32_t* upper = upper_halves(key, e, n, memory);
         const int32_t bound = int32_t(chance >> 16);
         int32_t open = 0;
-        for (int64_t j = 0; j < n; ++j) open += upper[j] == bound;
+        for (int64_t j = 0; j < n; ++j) {
+            d[j] = keep_if(upper[j] <= bound, d[j]);
+            open += upper[j] == bound;
+        }
         if (open > 0)
             for (int64_t j = 0; j < n; ++j)
-                if (upper[j] == bound && is_drawn(bound, chance, key, e + j)) upper[j] = -1;
-        for (int64_t j = 0; j < n; ++j) d[j] = keep_if(upper[j] < bound, d[j]);
+                if (upper[j] == bound && !is_drawn(bound, chance, key, e + j)) d[j] = T(0);
     }
 };
 
