@@ -557,6 +557,15 @@ def test_the_docs_list_every_key_and_every_parameter_with_its_default() -> None:
     assert {k: sorted(v) for k, v in listed.items()} == {k: sorted(v) for k, v in expected.items()}
 
 
+def test_the_docs_name_the_keys_inside_of_others() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
+    source = (Path(__file__).parents[1] / "seme" / "config.py").read_text(encoding="utf-8")
+    listed = re.findall(r"_check_keys\(\w+, \(([^)]*)\)", source)
+    keys = {key for found in listed for key in re.findall(r'"(\w+)"', found)} - {"filter"}
+    assert {"layer_range", "residual_weight", "pad_to_multiple_of", "token_id", "lora", "revision"} <= keys
+    assert not {key for key in keys if not re.search(rf"\b{key}\b", text)}
+
+
 def test_suggestions() -> None:
     assert suggest("densty", ["density", "weight"]) == "; did you mean 'density'?"
     assert suggest("zzz", ["weight", "density"]) == "; known: density, weight"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 import seme
 from seme import cli
+from seme.config import MergeConfig
 from seme.errors import CheckpointError, ConfigError, SemeError, TargetError
 from seme.steps import read as read_steps
+from seme.steps import run as run_steps
 
 from .checkpoints import decoder, read, write
 
@@ -149,3 +152,25 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "step: mean" in capsys.readouterr().out
     assert same(Path("out"))
     assert Path("steps/mean").is_dir()
+
+
+def test_a_result_goes_after_its_last_use(tmp_path: Path) -> None:
+    common = {"merge_method": "linear", "parameters": {"weight": 1}}
+    documents = [
+        {**common, "name": "x", "models": [{"model": "a"}, {"model": "b"}]},
+        {**common, "name": "y", "models": [{"model": "x"}, {"model": "b"}]},
+        {**common, "models": [{"model": "y"}, {"model": "a"}]},
+    ]
+    seen = []
+
+    def merge(config: MergeConfig, name: str | None, place: Path) -> None:
+        seen.append((name, sorted(p.name for p in (tmp_path / "w").iterdir()), [str(e.ref) for e in config.models]))
+        if name is not None:
+            place.mkdir()
+
+    for keep, left in ((None, ["y"]), (tmp_path / "w", ["x", "y"])):
+        (tmp_path / "w").mkdir()
+        run_steps(read_steps(documents), tmp_path / "w", keep, merge)
+        assert seen == [("x", [], ["a", "b"]), ("y", ["x"], ["x", "b"]), (None, left, ["y", "a"])]
+        seen.clear()
+        shutil.rmtree(tmp_path / "w")

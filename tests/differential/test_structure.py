@@ -326,6 +326,22 @@ def test_modules_of_an_encoder_decoder(oracle: Oracle, tmp_path: Path) -> None:
         assert (config["num_layers"], config["num_decoder_layers"]) == (2, 4)
 
 
+def test_recipes_that_use_each_others_results(model: Models, oracle: Oracle, tmp_path: Path) -> None:
+    """mergekit-multi runs mergekit once per document, with the folder of a result in the place of its name."""
+    base, a, b = (model("qwen2", m, "bfloat16") for m in ("base", "a", "b"))
+    first = (
+        f"merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]\nparameters: {{weight: 1}}\ndtype: float32\n"
+    )
+    second = (
+        f"merge_method: task_arithmetic\nbase_model: {base}\ndtype: float32\nout_dtype: bfloat16\n"
+        "models: [{model: $mean, parameters: {weight: 0.5}}]\n"
+    )
+    text = f"name: mean\n{first}---\n{Template(second).substitute(mean='mean')}"
+    ours = seme.merge(text, tmp_path / "seme").path
+    mean = oracle.merge(first, tmp_path / "mean", copy_tokenizer=False)
+    equal(ours, oracle.merge(Template(second).substitute(mean=mean), tmp_path / "mergekit", copy_tokenizer=False))
+
+
 def test_what_comes_before_the_layers_is_what_mergekit_lists_before_them() -> None:
     """The end slices take other tensors of other models, so the line between them must be mergekit's."""
     listed = 0
