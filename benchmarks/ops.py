@@ -33,6 +33,7 @@ DENSITY = 0.2
 WEIGHTS = (0.4, 0.35, 0.25)
 ALL = 1 << 62
 NARROW = 21
+ROW = 4096
 OUTLIER = 128
 """Twice the threshold, in steps of the bfloat16 key."""
 
@@ -145,6 +146,38 @@ def torch_inner_products(tensors: Tensors) -> torch.Tensor:
     return stacked @ stacked.T
 
 
+def torch_line_products(tensors: Tensors) -> Tensors:
+    """Per row of 4096 elements the Gram matrix in float32."""
+    rows = [t.float().view(-1, ROW) for t in tensors]
+    return [(a * b).sum(1) for i, a in enumerate(rows) for b in rows[i:]]
+
+
+def row(tensors: Tensors) -> int:
+    """Elements of a row, of which there are whole ones."""
+    return ROW if len(tensors[0]) % ROW == 0 else len(tensors[0])
+
+
+def per_row(tensors: Tensors) -> dict[str, Any]:
+    """The same weights for every row."""
+    return {"weights": [*WEIGHTS] * (len(tensors[0]) // row(tensors)), "row": row(tensors)}
+
+
+def torch_line_sum(tensors: Tensors) -> torch.Tensor:
+    """Weights per row, sum held in float32."""
+    weights = torch.tensor(WEIGHTS).repeat(len(tensors[0]) // ROW, 1)
+    total = tensors[0].view(-1, ROW).float().mul_(weights[:, :1])
+    for i, tensor in enumerate(tensors[1:], 1):
+        total.addcmul_(tensor.view(-1, ROW).float(), weights[:, i : i + 1])
+    return total.to(torch.bfloat16)
+
+
+def torch_nearswap(tensors: Tensors) -> torch.Tensor:
+    """In bfloat16 throughout."""
+    base, other = tensors
+    share = (base - other).abs_().clamp_(min=1e-6).reciprocal_().mul_(0.001).clamp_(0, 1)
+    return share * other + (1 - share) * base
+
+
 def torch_magnitude_histogram(tensors: Tensors) -> Tensors:
     """Count of every bfloat16 magnitude."""
     base, *tuned = tensors
@@ -222,6 +255,9 @@ def cases(key: int) -> dict[str, Case]:
         ),
         "ties 1+3, quota": Case(4, True, ties_with_quota, lambda t: torch_ties(t, key)),
         "inner_products 2": Case(2, False, lambda t, **o: ops.inner_products(t, **o), torch_inner_products),
+        "line_products 2": Case(2, False, lambda t, **o: ops.line_products(t, row=row(t), **o), torch_line_products),
+        "line_sum 3": Case(3, True, lambda t, **o: ops.line_sum(t, **per_row(t), **o), torch_line_sum),
+        "nearswap 1+1": Case(2, True, bf16(ops.nearswap, 0.001), torch_nearswap),
         "magnitude_histogram 1+3": Case(
             4,
             False,

@@ -100,6 +100,24 @@ ELEMENT_WISE = {
         lambda s: 2 * 2 * s.elements,
         "fp64", "bandwidth; on the A100 conversions to float64 come close",
     ),
+    "line_products": Cost(
+        "2",
+        lambda s: 6 * s.elements,
+        lambda s: 2 * 2 * s.elements,
+        "fp64", "bandwidth",
+    ),
+    "line_sum": Cost(
+        "3",
+        lambda s: 2 * s.experts * s.elements,
+        lambda s: 2 * (s.experts + 1) * s.elements,
+        "fp32", "bandwidth",
+    ),
+    "nearswap": Cost(
+        "1+1",
+        lambda s: 7 * s.elements,
+        lambda s: 2 * 3 * s.elements,
+        "fp32", "bandwidth",
+    ),
     "magnitude_histogram": Cost(
         "1+3",
         lambda s: s.experts * s.elements,

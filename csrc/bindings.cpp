@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -11,6 +12,7 @@
 
 #include "formulas.h"
 #include "isa.h"
+#include "weights.h"
 
 namespace py = pybind11;
 using seme::DType;
@@ -219,6 +221,52 @@ static void trimmed_l1(const std::vector<PyView>& tensors, const PySelection& se
     seme::cpu::trimmed_l1(t, s, c, o, threads);
 }
 
+// row, columns, offset: see weights.h
+using PyPlace = std::tuple<int64_t, int64_t, int64_t>;
+
+// Weights of `count` tensors of n elements.
+static seme::Weights weights_of(const Reals& weights, const PyPlace& place, size_t count, int64_t n) {
+    auto [row, columns, offset] = place;
+    if (row < 0 || columns < 0 || offset < 0 || (row > 0 && columns > 0)) throw std::invalid_argument("no such rows");
+    if (row > 0 && n % row != 0) throw std::invalid_argument("not whole rows");
+    check_count(weights.size(), count * size_t(row > 0 ? n / row : columns > 0 ? columns : 1), "weights");
+    return {weights.data(), int64_t(count), row, columns, offset};
+}
+
+static void line_products(const std::vector<PyView>& tensors, bool relative, int64_t block, int64_t columns,
+                          int compute, const PyView& out, int threads) {
+    auto t = views_of(tensors);
+    const int64_t count = int64_t(t.size()) - relative;
+    if (count < 1) throw std::invalid_argument("no tensors");
+    if (block < 1 || columns < 0 || (columns > 0 && (block % columns != 0 || t[0].n % columns != 0)))
+        throw std::invalid_argument("not whole rows");
+    const int64_t blocks = (t[0].n + block - 1) / block;
+    double* o = results_of<double>(out, blocks * count * count * std::max<int64_t>(columns, 1));
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::line_products(t, relative, block, columns, c, o, threads);
+}
+
+static void line_sum(const std::vector<PyView>& tensors, bool relative, const Reals& weights, const PyPlace& place,
+                     int compute, const PyView& out, int threads) {
+    View o = view_of(out);
+    auto t = views_of(tensors, o.n);
+    auto w = weights_of(weights, place, t.size() - relative, o.n);
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::line_sum(t, relative, w, c, o, threads);
+}
+
+static void nearswap(const std::vector<PyView>& tensors, double t, double least, int compute, const PyView& out,
+                     int threads) {
+    View o = view_of(out);
+    auto views = views_of(tensors, o.n);
+    check_equal(int64_t(views.size()), 2, "tensors");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::nearswap(views, t, least, c, o, threads);
+}
+
 // What surrounds the products of the matrix ops.
 
 static void subtract(const PyMatrix& base, const PyMatrix& tensor, const PyMatrix& delta, int threads) {
@@ -289,6 +337,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", [](int i) { seme::set_isa(seme::Isa(i)); });
     m.def("weighted_sum", &weighted_sum);
     m.def("inner_products", &inner_products);
+    m.def("line_products", &line_products);
+    m.def("line_sum", &line_sum);
+    m.def("nearswap", &nearswap);
     m.def("nonfinite", &nonfinite);
     m.def("task_vector_sum", &task_vector_sum);
     m.def("magnitude_histogram", &magnitude_histogram);

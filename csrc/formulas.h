@@ -40,6 +40,33 @@ struct TaskVectorSum {
     }
 };
 
+// line_sum: sums of tensors, or of task vectors, the latter with rounded products; they start at 0 and are held in
+// C::T.
+template <class C>
+struct LineSum {
+    using T = typename C::T;
+    static SEME_HD T term(T w, T x) { return w * x; }
+    static SEME_HD T relative_term(T w, T d) { return C::round(w * d); }
+};
+
+// nearswap: a share of b, the other tensor, that falls with its distance from a, the base. A NaN stays one, as every
+// comparison with it is false.
+template <class C>
+struct NearSwap {
+    using T = typename C::T;
+    static SEME_HD T distance(T a, T b) {
+        const T d = C::round(a - b);
+        return d < T(0) ? -d : d;
+    }
+    static SEME_HD T at_least(T d, T least) { return d < least ? least : d; }
+    static SEME_HD T share(T d, T t) { return C::round(C::round(T(1) / d) * t); }
+    static SEME_HD T clamp(T s) {
+        s = s < T(0) ? T(0) : s;
+        return s > T(1) ? T(1) : s;
+    }
+    static SEME_HD T mix(T a, T b, T s) { return C::round(C::round(s * b) + C::round(C::round(T(1) - s) * a)); }
+};
+
 // magnitude_histogram: where a key (C::key, the magnitude as an integer) falls in a window of kBins bins.
 constexpr int64_t kBins = 65536;
 

@@ -48,6 +48,8 @@ struct Selection {
     int64_t offset = 0;
 };
 
+struct Weights;  // weights.h
+
 namespace cpu {
 
 void weighted_sum(const std::vector<View>& tensors, const std::vector<double>& weights, double divisor, DType compute,
@@ -58,6 +60,18 @@ void inner_products(const std::vector<View>& tensors, DType compute, double* out
 
 // Adds to out[n]; with `zero`, writes 0 over what it counts.
 void nonfinite(const std::vector<View>& tensors, bool zero, int64_t* out, int threads);
+
+// out[blocks of `block` elements, n, n], or with columns > 0 out[blocks, n, n, columns]; `relative`: of the differences
+// of the others from the first.
+void line_products(const std::vector<View>& tensors, bool relative, int64_t block, int64_t columns, DType compute,
+                   double* out, int threads);
+
+// `relative`: tensors[0] is the base.
+void line_sum(const std::vector<View>& tensors, bool relative, const Weights& weights, DType compute, View out,
+              int threads);
+
+// tensors[0] is the base.
+void nearswap(const std::vector<View>& tensors, double t, double least, DType compute, View out, int threads);
 
 // Ops on task vectors: tensors[0] is the base, the n others have one entry each in the other vectors.
 void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>& weights,

@@ -56,6 +56,9 @@ FLAT = {
         "ties": Flat(1024, 4),
         "tie_counts": Flat(1024, 4),
         "magnitude_histogram": Flat(1024, 4),
+        "line_products": Flat(256, 1),  # columns
+        "line_sum": Flat(1024, 4),
+        "nearswap": Flat(1024, 4),
         "nonfinite": Flat(4096, 4),
         "inner_products": Flat(4 * 8192, 1),
         "trimmed_l1": Flat(4 * 8192, 1),
@@ -66,6 +69,9 @@ FLAT = {
         "ties": Flat(1024, 4),
         "tie_counts": Flat(1024, 4),
         "magnitude_histogram": Flat(1024, 4),
+        "line_products": Flat(256, 1),  # columns
+        "line_sum": Flat(1024, 4),
+        "nearswap": Flat(1024, 4),
         "nonfinite": Flat(4096, 4),
         "inner_products": Flat(4 * 8192, 1),
         "trimmed_l1": Flat(4 * 8192, 1),

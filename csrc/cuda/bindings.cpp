@@ -177,6 +177,59 @@ static void trimmed_l1(const std::vector<PyView>& tensors, const PySelection& se
     seme::cuda::trimmed_l1(t, kept, c, o, stream_of(stream));
 }
 
+// row, columns, offset: see ../weights.h
+using PyPlace = std::tuple<int64_t, int64_t, int64_t>;
+
+// Weights of `count` tensors of n elements: in `weights`, or with rows or columns in `table`, on the device.
+static seme::Weights sets_of(const std::vector<double>& weights, const std::optional<PyView>& table,
+                             const PyPlace& place, int64_t count, int64_t n) {
+    auto [row, columns, offset] = place;
+    if (row < 0 || columns < 0 || offset < 0 || (row > 0 && columns > 0)) throw std::invalid_argument("no such rows");
+    if (row > 0 && n % row != 0) throw std::invalid_argument("not whole rows");
+    if (table.has_value() != (row > 0 || columns > 0)) throw std::invalid_argument("a table is for rows or columns");
+    check_count(int64_t(weights.size()), table ? 0 : count, "weights");
+    const int64_t sets = row > 0 ? n / row : columns;
+    return {table ? numbers<const double>(*table, count * sets, "elements of the table") : nullptr, count, row, columns,
+            offset};
+}
+
+static void line_products(const std::vector<PyView>& tensors, bool relative, int64_t block, int64_t columns,
+                          int compute, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    const int64_t n = int64_t(t.size()) - relative;
+    if (n < 1) throw std::invalid_argument("no tensors");
+    if (block < 1 || columns < 0 || (columns > 0 && (block % columns != 0 || t[0].n % columns != 0)))
+        throw std::invalid_argument("not whole rows");
+    const int64_t each = n * n * (columns > 0 ? columns : 1);
+    auto* o = numbers<double>(out, count_blocks(t[0].n, block) * each, "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::line_products(t, relative, block, columns, c, o, stream_of(stream));
+}
+
+static void nearswap(const std::vector<PyView>& tensors, double t, double least, int compute, const PyView& out,
+                     const PyStream& stream) {
+    auto views = views_of(tensors);
+    View o = view_of(out);
+    check_count(int64_t(views.size()), 2, "tensors");
+    check_count(o.n, views[0].n, "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::nearswap(views, t, least, c, o, stream_of(stream));
+}
+
+static void line_sum(const std::vector<PyView>& tensors, bool relative, const std::vector<double>& weights,
+                     const std::optional<PyView>& table, const PyPlace& place, int compute, const PyView& out,
+                     const PyStream& stream) {
+    auto t = views_of(tensors);
+    View o = view_of(out);
+    check_count(o.n, t[0].n, "elements of out");
+    auto sets = sets_of(weights, table, place, int64_t(t.size()) - relative, o.n);
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::line_sum(t, relative, weights, sets, c, o, stream_of(stream));
+}
+
 // The rows, columns and labels of a matrix op.
 static seme::cuda::Shape shape_of(const std::tuple<int64_t, int64_t, int64_t>& sizes) {
     auto [rows, columns, labels] = sizes;
@@ -305,6 +358,9 @@ PYBIND11_MODULE(_C_cuda, m) {
     m.def("block_ties", &block_ties);
     m.def("ties", &ties);
     m.def("trimmed_l1", &trimmed_l1);
+    m.def("line_products", &line_products);
+    m.def("line_sum", &line_sum);
+    m.def("nearswap", &nearswap);
     m.def("nonfinite", &nonfinite);
     m.def("squared_norms", &squared_norms);
     m.def("elect_select", &elect_select);

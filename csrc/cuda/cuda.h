@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../seme.h"
+#include "../weights.h"
 
 namespace seme::cuda {
 
@@ -33,6 +34,19 @@ void task_vector_sum(const std::vector<View>& tensors, const std::vector<double>
 
 // out: [blocks of kBlock, n, n].
 void inner_products(const std::vector<View>& tensors, DType compute, double* out, Stream stream);
+
+// out: [blocks of `block` elements, n, n], or with columns > 0 [blocks, n, n, columns]; `relative`: of the differences
+// of the others from the first.
+void line_products(const std::vector<View>& tensors, bool relative, int64_t block, int64_t columns, DType compute,
+                   double* out, Stream stream);
+
+// `relative`: tensors[0] is the base. sets.values (on the device) are the weights of rows or columns; null: `weights`
+// are those of the tensors.
+void line_sum(const std::vector<View>& tensors, bool relative, const std::vector<double>& weights, const Weights& sets,
+              DType compute, View out, Stream stream);
+
+// tensors[0] is the base.
+void nearswap(const std::vector<View>& tensors, double t, double least, DType compute, View out, Stream stream);
 
 // Adds to counts: [n, 65538].
 void magnitude_histogram(const std::vector<View>& tensors, const std::vector<int64_t>& lowest,

@@ -8,7 +8,10 @@ from seme.ops.delta_project import delta_project
 from seme.ops.elect import elect
 from seme.ops.elect_select import elect_select
 from seme.ops.inner_products import inner_products
+from seme.ops.line_products import line_products
+from seme.ops.line_sum import line_sum
 from seme.ops.magnitude_histogram import magnitude_histogram
+from seme.ops.nearswap import nearswap
 from seme.ops.nonfinite import nonfinite
 from seme.ops.project_erase import project_erase
 from seme.ops.resolve import resolve
@@ -26,7 +29,10 @@ __all__ = [
     "elect",
     "elect_select",
     "inner_products",
+    "line_products",
+    "line_sum",
     "magnitude_histogram",
+    "nearswap",
     "nonfinite",
     "project_erase",
     "resolve",

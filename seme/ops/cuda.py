@@ -13,6 +13,7 @@ from seme import dtypes, native
 from seme.dtypes import DType
 from seme.ops._op import Params
 from seme.ops._task_vectors import UNLIMITED, native_selection
+from seme.ops._weights import here
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,44 @@ def magnitude_histogram(
 ) -> None:
     """Adds to ``out``, int64 [n, 65538] seen as one axis; ``csrc/cuda/magnitude_histogram.cu``."""
     _call("magnitude_histogram", tensors, out, lowest, shift, compute_dtype.native)
+
+
+def line_products(
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    relative: bool,
+    row: int,
+    columns: int,
+    compute_dtype: DType,
+) -> None:
+    """Writes ``out``, float64 [blocks, n, n] or [blocks, n, n, columns] seen as one axis;
+    ``csrc/cuda/line_products.cu``."""
+    _call("line_products", tensors, out, relative, row or native.BLOCK, columns, compute_dtype.native)
+
+
+def line_sum(
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    weights: Sequence[float],
+    relative: bool,
+    row: int,
+    columns: int,
+    offset: int,
+    compute_dtype: DType,
+) -> None:
+    """Writes ``out``; ``csrc/cuda/line_sum.cu``."""
+    plain, chosen, place = _weight_sets(weights, len(tensors) - relative, out, row, columns, offset)
+    sets = _raw(chosen) if chosen is not None else None  # `chosen` holds the memory until the kernel is launched
+    _call("line_sum", tensors, out, relative, plain, sets, place, compute_dtype.native)
+
+
+def nearswap(
+    tensors: Sequence[torch.Tensor], out: torch.Tensor, *, t: float, least: float, compute_dtype: DType
+) -> None:
+    """Writes ``out``; ``csrc/cuda/nearswap.cu``."""
+    _call("nearswap", tensors, out, t, least, compute_dtype.native)
 
 
 def tie_counts(
@@ -221,6 +260,19 @@ def nearest(vectors: torch.Tensor, bases: torch.Tensor, k: int, ranges: int | No
     best = torch.empty(count, ranges, k, dtype=torch.int64, device=vectors.device)
     _matrix("resolve_select", vectors, bases, (*vectors.shape, vocabulary), k, ranges, best)
     return 0xFFFFFFFF - (best.view(count, -1).topk(k).values & 0xFFFFFFFF)
+
+
+def _weight_sets(
+    weights: Sequence[float], count: int, out: torch.Tensor, row: int, columns: int, offset: int
+) -> tuple[list[float], torch.Tensor | None, tuple[int, int, int]]:
+    """The weights of tensors, the table of those of rows or columns, and which they are, as the bindings take them."""
+    import torch
+
+    place = (row, columns, offset)
+    if not row and not columns:
+        return list(weights), None, place
+    values = list(here(weights, count, out.numel(), row, offset))
+    return [], torch.tensor(values, dtype=torch.float64, device=out.device), place
 
 
 def _contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:

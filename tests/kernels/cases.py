@@ -33,7 +33,7 @@ DTYPES: dict[str, tuple[tuple[DType, ...], DType]] = {
 }
 INF, NAN = float("inf"), float("nan")
 SPECIAL = (0.0, -0.0, INF, -INF, NAN, 1e-40, -1e-41, 6e-8, 65504.0, 65520.0, 3.3e38, 3.4e38, 5e-324)
-SUMS = ("inner_products", "trimmed_l1")
+SUMS = ("inner_products", "line_products", "trimmed_l1")
 
 
 def make_tensors(name: str, numel: int, stored: tuple[DType, ...], count: int = 4) -> Tensors:
@@ -74,12 +74,37 @@ def common_keys(tensors: Tensors, compute: DType) -> list[tuple[int, int]]:
     return found
 
 
+def row_of(numel: int) -> int:
+    """Elements of a row, such that ``numel`` are whole rows: its largest proper divisor."""
+    return next((numel // d for d in (2, 3, 5, 7, 11, 13) if numel and numel % d == 0), max(1, numel))
+
+
+def weight_sets(count: int, numel: int) -> list[dict[str, Any]]:
+    """Arguments with weights of their own for rows, and for columns from the middle of a row on."""
+    row = row_of(numel)
+    generator = torch.Generator().manual_seed(numel)
+    table = torch.randn(count * max(row, numel // row), dtype=torch.float64, generator=generator).tolist()
+    by_row = {"weights": table[: count * (numel // row)], "row": row}
+    return [by_row, {"weights": table[: count * row], "columns": row, "offset": row // 2}]
+
+
 def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, dict[str, Any]]]:
     """(tensors, arguments) of several calls of one op."""
     n, numel = len(tensors) - 1, tensors[0].numel()
     weights = [0.3, -0.7, 1.1, 0.5][:n]
     if name == "weighted_sum":
         return [(tensors, {"weights": [0.2, *weights], "divisor": d}) for d in (1.0, 0.7)]
+    if name == "line_products":
+        lines = 2 * row_of(numel)  # so that the last block of columns is shorter if the rows are an odd number
+        columns = {"row": lines, "columns": row_of(numel)}
+        by_row = [(tensors[:3], {"row": row_of(numel)}), (tensors, {"row": row_of(numel), "relative": True})]
+        plain = [(tensors[:1], {}), (tensors[:3], {}), (tensors[:2], {"relative": True})]
+        return [*plain, *by_row, (tensors[:3], columns), (tensors, {**columns, "relative": True})]
+    if name == "line_sum":
+        calls = [(tensors[:3], s) for s in weight_sets(min(n + 1, 3), numel)]
+        return calls + [(tensors, {**s, "relative": True}) for s in weight_sets(n, numel)]
+    if name == "nearswap":
+        return [(tensors[:2], {"t": t}) for t in (0.1, 1e-3, -0.5)]
     if name == "inner_products":
         return [(tensors[:1], {}), (tensors[:3], {})]
     if name == "nonfinite":

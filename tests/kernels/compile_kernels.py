@@ -18,7 +18,10 @@ from seme.kernels import (
     elect,
     elect_select,
     inner_products,
+    line_products,
+    line_sum,
     magnitude_histogram,
+    nearswap,
     nonfinite,
     project_erase,
     resolve,
@@ -45,10 +48,10 @@ VARIANTS = (
     ("float32", ("*fp32", "*fp32"), 1),
     ("float64", ("*fp64", "*fp32"), "i32"),
 )
-TABLES = {"reals": "*fp64"} | dict.fromkeys(
+TABLES = dict.fromkeys(("reals", "weights"), "*fp64") | dict.fromkeys(
     ("cuts", "draws", "integers", "tie_ends", "thresholds", "counts", "total"), "*i64"
 )
-INTEGERS = ("n", "offset", "i", "j", "count", "blocks")
+INTEGERS = ("n", "offset", "i", "j", "count", "blocks", "length", "columns", "size", "first")
 
 
 def kernels(capability):
@@ -68,6 +71,12 @@ def kernels(capability):
     yield entry("task_vector_sum", task_vector_sum.task_vector_sum_kernel, **whole)
     yield entry("task_vector_sum", task_vector_sum.task_vector_sum_kernel, **whole | {"DRAWN": True})
     yield entry("inner_products", inner_products.inner_products_kernel)
+    for relative in (0, 1):
+        yield entry("line_products", line_products.line_products_kernel, RELATIVE=bool(relative))
+        yield entry("line_products", line_products.column_products_kernel, RELATIVE=bool(relative), WIDTH=256)
+        for sets in ("row", "columns"):
+            yield entry("line_sum", line_sum.line_sum_kernel, RELATIVE=relative, SETS=sets)
+    yield entry("nearswap", nearswap.nearswap_kernel)
     yield entry("magnitude_histogram", magnitude_histogram.magnitude_histogram_kernel)
     yield entry("tie_counts", tie_counts.tie_counts_kernel, CUTS=1)
     yield entry("tie_counts", tie_counts.tie_counts_kernel, block=BLOCK, CUTS=2)  # before trimmed_l1

@@ -30,6 +30,7 @@ def integers(count):
 
 
 TWO = [view(X), view(X)]
+PLACE = (0, 0, 0)
 UNEQUAL = [view(X), view(X, N - 1)]
 
 ALL = ([0], [0], [1], [0], 0)  # a selection
@@ -39,6 +40,9 @@ CALLS = {
     "task_vector_sum": (([1.0], [1.0], ALL, 1.0, 1.0, F32), view(OUT), [0, 1]),
     "inner_products": ((F32,), doubles(4), []),
     "magnitude_histogram": (([0], [0], F32), integers(65538), [0, 1]),
+    "line_products": ((False, 8192, 0, F32), doubles(4), []),
+    "line_sum": ((False, [1.0, 1.0], PLACE, F32), view(OUT), [1]),
+    "nearswap": ((0.1, 1e-6, F32), view(OUT), []),
     "tie_counts": (([0], F32), integers(1), []),
     "ties": (([1.0], [1.0], ALL, True, 1.0, F32), view(OUT), [0, 1]),
     "trimmed_l1": ((ALL, F32), doubles(2), []),
@@ -86,6 +90,31 @@ def test_selections(selection):
         native.module().trimmed_l1(TWO, selection, F32, doubles(2), 1)
     with pytest.raises(ValueError, match="one per tensor expected"):
         native.module().tie_counts(TWO, [0, 0, 0], F32, integers(3), 1)
+
+
+def test_rows_and_columns():
+    module = native.module()
+    for place, message in (
+        ((30, 0, 0), "not whole rows"),
+        ((50, 0, 0), "one per tensor expected"),
+        ((0, 10, 0), "one per tensor expected"),
+        ((50, 10, 0), "no such rows"),
+        ((0, 0, -1), "no such rows"),
+    ):
+        for relative in (False, True):
+            with pytest.raises(ValueError, match=message):
+                module.line_sum(TWO, relative, [1.0] * (2 - relative), place, F32, view(OUT), 1)
+    for relative, block, columns, message in (
+        (True, 100, 0, "out has 4 elements, expected 1"),
+        (False, 50, 0, "out has 4 elements, expected 8"),
+        (False, 0, 0, "not whole rows"),
+        (False, 100, 30, "not whole rows"),
+        (False, 105, 10, "not whole rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.line_products(TWO, relative, block, columns, F32, doubles(4), 1)
+    with pytest.raises(ValueError, match="no tensors"):
+        module.line_products(TWO[:1], True, 100, 0, F32, doubles(4), 1)
 
 
 def test_windows():

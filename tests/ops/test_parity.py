@@ -87,14 +87,15 @@ def test_chunks(name, dtype):
         params.pop("out_dtype", None)
         whole = torch.zeros(result.shape, dtype=result.dtype.to_torch())
         op.run(chosen, whole, "cpu", 1, dict(params))
-        parts = []
-        for start in range(0, chosen[0].numel(), 2 * BLOCK):
-            piece = [t[start : start + 2 * BLOCK] for t in chosen]
+        parts, quantum = [], op.quantum(params)
+        step = max(quantum, 2 * BLOCK // quantum * quantum)
+        for start in range(0, chosen[0].numel(), step):
+            piece = [t[start : start + step] for t in chosen]
             if op.accumulates:
                 out = parts[0] if parts else torch.zeros_like(whole)
                 parts = [out]
             else:
-                shape = (-(-piece[0].numel() // BLOCK), *result.shape[1:]) if op.ordered else piece[0].shape
+                shape = (-(-piece[0].numel() // quantum), *result.shape[1:]) if op.ordered else piece[0].shape
                 out = torch.full(shape, float("nan"), dtype=whole.dtype)
                 parts.append(out)
             op.run(piece, out, "cpu", 1, dict(params))

@@ -8,7 +8,10 @@ import torch
 from seme.native import BLOCK
 from seme.ops import (
     inner_products,
+    line_products,
+    line_sum,
     magnitude_histogram,
+    nearswap,
     nonfinite,
     task_vector_sum,
     tie_counts,
@@ -56,6 +59,53 @@ def test_inner_products(backend):
             want = math.fsum((x.double() * y.double()).tolist())
             # float64 sums of 8192 products each: 2^-53 per addition.
             assert math.fsum(blocks[:, i, j].tolist()) == pytest.approx(want, abs=8192 * 4 * 2.0**-53 * 100)
+
+
+def test_line_products(backend):
+    """Of rows, of columns in blocks of two rows of which the last is one, of differences from the first."""
+    base, a, b = (normal(5, 70, seed=i) for i in range(3))
+    rows = line_products([a, b], row=70, backend=backend)
+    columns = line_products([a, b], row=140, columns=70, backend=backend)
+    relative = line_products([base, a, b], relative=True, row=70, compute_dtype=torch.float64, backend=backend)
+    assert (rows.shape, columns.shape, relative.shape) == ((5, 2, 2), (3, 2, 2, 70), (5, 2, 2))
+    limit = 70 * 16 * 2.0**-53  # roundings of sums of 70 products below 16
+    for i, x in enumerate((a.double(), b.double())):
+        for j, y in enumerate((a.double(), b.double())):
+            assert (rows[:, i, j] - (x * y).sum(1)).abs().max() < limit
+            assert (columns.sum(0)[i, j] - (x * y).sum(0)).abs().max() < limit
+            want = ((x - base.double()) * (y - base.double())).sum(1)
+            assert (relative[:, i, j] - want).abs().max() < 4 * limit
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_line_sum(backend, relative):
+    tensors = [normal(6, 50, seed=i) for i in range(3)]
+    vectors = [t.double() - tensors[0] if relative else t.double() for t in tensors[relative:]]
+    base = tensors[0].double() if relative else 0
+    n = len(vectors)
+    by_row, by_column = normal(6, n, seed=9), normal(n, 50, seed=10)
+    got = line_sum(tensors, by_row.flatten().tolist(), relative=relative, row=50, backend=backend)
+    want = base + sum(by_row[:, i : i + 1].double() * v for i, v in enumerate(vectors))
+    assert (got - want).abs().max() < 4 * FLOAT32
+    got = line_sum(tensors, by_column.flatten().tolist(), relative=relative, columns=50, backend=backend)
+    want = base + sum(by_column[i].double() * v for i, v in enumerate(vectors))
+    assert (got - want).abs().max() < 4 * FLOAT32
+    part = line_sum(
+        [t.flatten()[120:200] for t in tensors],
+        by_column.flatten().tolist(),
+        relative=relative,
+        columns=50,
+        offset=120,
+        backend=backend,
+    )
+    assert torch.equal(part, got.flatten()[120:200])
+
+
+def test_nearswap(backend):
+    base, other = torch.tensor([1.0, 1.0, 1.0, -2.0]), torch.tensor([1.0, 1.5, 3.0, 2.0])
+    # shares 1, 1, 0.5 and 0.25: exact but for the reciprocals' rounding
+    assert torch.allclose(nearswap(base, [other], 1.0, backend=backend), torch.tensor([1.0, 1.5, 2.0, -1.0]), atol=1e-6)
+    assert torch.equal(nearswap(base, [other], -1.0, backend=backend), base)
 
 
 def test_inner_products_of_large_values_do_not_overflow(backend):
