@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from seme.steps import Step
 
 COMPLETE = "; the merge was complete"
+BASES = {
+    "required": "required",
+    "optional": "optional, task vectors from it are merged instead of the models",
+    "input": "optional, counts as one more input",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -355,7 +360,7 @@ def _methods(args: argparse.Namespace) -> int:
         print(json.dumps({"name": m.name, "summary": m.summary, "source": m.source, "parameters": rows}, indent=2))
         return 0
     print(f"{m.name}: {m.summary}\nsource: {m.source}")
-    print("base_model: " + ("required" if m.base == "required" else "optional, counts as one more input"))
+    print(f"base_model: {BASES[m.base]}")
     for p in m.params:
         default = "required" if p.required else f"default {p.default}"
         scope = {"shared": "one value", "model": "per model", "expert": "per model, not the base"}[p.scope]

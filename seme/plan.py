@@ -503,8 +503,9 @@ def _check_recipe(config: MergeConfig, method: Method, sections: tuple[Section, 
         for part in section.slices:
             if method.base == "required" and (part.base_model or config.base_model) is None:
                 raise ConfigError(f"base_model: missing; {method.name} works relative to it: add base_model: PATH")
-            method.check_inputs(len(part.entries), f"{part.where}.sources" if section.sliced else part.where)
-            _base(config, method, part)
+            base = _base(config, method, part)
+            where = f"{part.where}.sources" if section.sliced else part.where
+            method.check_inputs(len(part.entries), base is not None, where)
     own = [entry.parameters for section in sections for s in section.slices for entry in s.entries]
     for given in (*shared, *own):
         for name, parameter in given.items():

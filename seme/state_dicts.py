@@ -98,7 +98,7 @@ def merge_state_dicts(
         raise ConfigError(f"base: missing; {method} works relative to it")
     if found.base == "input":
         index = None
-    found.check_inputs(len(states))
+    found.check_inputs(len(states), index is not None)
     arguments = _arguments(found, parameters or {}, ids, index)
     first = states[ids.index(base) if base is not None else 0]
     for model_id, state in zip(ids, states):

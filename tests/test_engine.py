@@ -72,8 +72,26 @@ def models(dtype: torch.dtype = torch.bfloat16, layout: str = "single") -> None:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
+    "karcher": {"models": ["a", "b", "c"]},
     "linear": {"models": ["a", "b", "c"], "parameters": {"weight": [0.3, 0.7]}},
     "linear, plain sum": {"models": ["a", "b"], "parameters": {"weight": 0.3, "normalize": False}},
+    "model_stock": {"models": ["a", "b", "c"]},
+    "model_stock, rows": {"models": ["a", "b"], "parameters": {"filter_wise": True}},
+    "multislerp": {"models": ["a", "b", "c"], "parameters": {"weight": 0.3}},
+    "nearswap": {"models": ["a"], "parameters": {"t": 0.3}},
+    "nuslerp": {"models": ["a", "b"], "parameters": {"weight": 0.3}},
+    "nuslerp, without base": {"models": ["a", "b"], "base_model": None, "parameters": {"weight": 0.3}},
+    "nuslerp, rows": {"models": ["a", "b"], "parameters": {"weight": 0.3, "nuslerp_flatten": False}},
+    "nuslerp, columns": {
+        "models": ["a", "b"],
+        "parameters": {"weight": 0.3, "nuslerp_flatten": False, "nuslerp_row_wise": True},
+    },
+    "nuslerp, columns without base": {
+        "models": ["a", "b"],
+        "base_model": None,
+        "parameters": {"weight": 0.3, "nuslerp_flatten": False, "nuslerp_row_wise": True},
+    },
+    "passthrough": {"models": ["a"], "base_model": None, "parameters": {"scale": 1.25}},
     "task_arithmetic": {"models": ["a", "b", "c"], "parameters": {"weight": 0.3, "lambda": 0.9}},
     "task_arithmetic, normalized": {"models": ["a", "b"], "parameters": {"weight": 0.3, "normalize": True}},
     "slerp": {"models": ["a"], "parameters": {"t": 0.3}},
@@ -92,12 +110,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+BY_LINES = ["model_stock, rows", "nuslerp, columns"]
+
+
 def recipe(name: str, **more: Any) -> dict[str, Any]:
     method = name.partition(",")[0]
     found = {"merge_method": method, **RECIPES[name], **more}
     found["models"] = [{"model": m} for m in found["models"]]
-    if method != "linear":
-        found["base_model"] = "base"
+    if get(method).base != "input":
+        found.setdefault("base_model", "base")
     return found
 
 
@@ -114,9 +135,12 @@ def expected(config: dict[str, Any], stored: dict[str, Tensors]) -> Tensors:
     return found
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor, rounding: float) -> bool:
+def close(found: torch.Tensor, wanted: torch.Tensor, rounding: float, name: str = "") -> bool:
     """True if no element is further from the float64 reference than one ulp of its dtype. Where terms cancel, what
-    rounding the terms left is larger than the result: a dozen roundings of numbers below 8, ``rounding`` each."""
+    rounding the terms left is larger than the result: a dozen roundings of numbers below 8, ``rounding`` each. Some
+    columns, of three elements, point almost opposite ways, which divides terms of nuslerp by a small sine."""
+    if "columns" in name:
+        rounding *= 100
     info = torch.finfo(found.dtype)
     ulp = torch.ldexp(torch.full(wanted.shape, info.eps, dtype=torch.float64), torch.frexp(wanted).exponent - 1)
     allowed = ulp.clamp(min=info.smallest_normal * info.eps) + 12 * rounding
@@ -141,7 +165,7 @@ class TestEqualsItsReference:
             assert tensor.shape == wanted[key].shape
             if tensor.is_floating_point():
                 assert tensor.dtype == getattr(torch, out)
-                assert close(tensor, wanted[key], 2**-22), key
+                assert close(tensor, wanted[key], 2**-22, name), key
             else:
                 assert torch.equal(tensor, wanted[key])
 
@@ -152,7 +176,7 @@ class TestEqualsItsReference:
         wanted = expected(config, {n: tensors(i) for i, n in enumerate(NAMES)})
         for key, tensor in read(Path("out")).items():
             if tensor.is_floating_point():
-                assert close(tensor, wanted[key], 2**-51), key
+                assert close(tensor, wanted[key], 2**-51, name), key
 
     def test_mixed_dtypes_in_float32(self, name: str, here: Path) -> None:
         stored = {}
@@ -164,7 +188,7 @@ class TestEqualsItsReference:
         wanted = expected(config, stored)
         for key, tensor in read(Path("out")).items():
             if tensor.is_floating_point():
-                assert close(tensor, wanted[key], 2**-22), key
+                assert close(tensor, wanted[key], 2**-22, name), key
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -237,7 +261,7 @@ class TestBytesDependOnNothingElse:
 
 
 class TestTriton:
-    @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "slerp", "ties, rescaled"])
+    @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "slerp", "ties, rescaled", *BY_LINES])
     def test_in_the_interpreter(self, name: str, here: Path) -> None:
         if os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("Triton's interpreter is off: there is a GPU")

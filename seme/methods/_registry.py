@@ -29,6 +29,7 @@ PerExpert = Annotated[list[float], "expert"]
 """A float for every input but the base."""
 
 Scope = Literal["shared", "model", "expert"]
+Base = Literal["required", "optional", "input"]
 Check = Callable[[Group, Mapping[str, Any]], None]
 Unit = Callable[[tuple[int, ...], Mapping[str, Any]], int]
 Function = TypeVar("Function", bound=Callable[..., "Merge | None"])
@@ -42,6 +43,7 @@ class Among(NamedTuple):
 
 
 FRACTION = Among("a number from 0 to 1", lambda value: 0 <= value <= 1)
+AT_LEAST_0 = Among("at least 0", lambda value: value >= 0)
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,9 @@ class Method:
             stack, see :mod:`seme.methods._matrix`.
         reference: the same in float64 torch, as the paper writes it.
         params: read from the signature of ``merge``.
-        base: ``required``; or ``input``: a configured base model is one more input.
-        min_inputs, max_inputs: how many models it takes, the base included; None: no limit.
+        base: ``required``; ``optional``: task vectors are merged where there is one, else the models; or ``input``: a
+            configured base model is one more input.
+        min_inputs, max_inputs: how many models it takes, the base included, but where it is optional; None: no limit.
         summary: first line of the docstring of its module.
         source: paper or page.
         matrix: it works on whole matrices.
@@ -106,7 +109,7 @@ class Method:
     merge: Callable[..., Any]
     reference: Callable[..., torch.Tensor]
     params: tuple[Param, ...]
-    base: Literal["required", "input"]
+    base: Base
     min_inputs: int
     max_inputs: int | None
     summary: str
@@ -120,12 +123,17 @@ class Method:
     whole: Callable[..., dict[str, Any]] | None = None
     asks_for_whole: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda arguments: False
 
-    def check_inputs(self, count: int, where: str = "models") -> None:
-        """:class:`ConfigError`, which begins with ``where``, if the method does not take that many models."""
+    def check_inputs(self, count: int, base: bool = True, where: str = "models") -> None:
+        """:class:`ConfigError`, which begins with ``where``, if the method does not take that many models, ``base``
+        being one of them or not."""
         least, most = self.min_inputs, self.max_inputs
+        counted = "base included"
+        if self.base == "optional":
+            count, counted = count - base, "base not included"
         if count < least or (most is not None and count > most):
             takes = f"{least} or more" if most is None else str(least) if most == least else f"{least} to {most}"
-            raise ConfigError(f"{where}: {self.name} takes {takes} models, base included; found {count}")
+            models = "model" if takes == "1" else "models"
+            raise ConfigError(f"{where}: {self.name} takes {takes} {models}, {counted}; found {count}")
 
     def check_arguments(self, group: Group, arguments: Mapping[str, Any]) -> None:
         """:class:`ConfigError` if a tensor cannot be merged with these arguments."""
@@ -192,7 +200,7 @@ def method(
     *,
     reference: Callable[..., torch.Tensor],
     source: str,
-    base: Literal["required", "input"] = "required",
+    base: Base = "required",
     min_inputs: int = 1,
     max_inputs: int | None = None,
     unit: Unit | None = None,

@@ -24,12 +24,12 @@ def check_finite(group: Group, name: str, values: Sequence[float], held: DType) 
             )
 
 
-def check_sum(group: Group, weights: Sequence[float], held: DType) -> None:
-    """Refuse weights that ``normalize`` cannot divide by, because they add up to 0 or to infinity."""
+def check_sum(group: Group, weights: Sequence[float], held: DType, switch: str = "normalize") -> None:
+    """Refuse weights that ``switch`` cannot divide by, because they add up to 0 or to infinity."""
     rounded = [dtypes.round_to(held, w) for w in weights]
     total = dtypes.round_to(held, math.fsum(rounded))
     if not math.isfinite(total) or abs(total) <= CANCEL * math.fsum(map(abs, rounded)):
         raise ConfigError(
             f"parameters.weight: {', '.join(map(str, weights))} add up to {total:g} for tensor {group.name}, "
-            "and normalize divides by it; set normalize: false or other weights"
+            f"and {switch} divides by it; set {switch}: false or other weights"
         )

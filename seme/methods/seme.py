@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from seme.errors import ConfigError
 from seme.methods._matrix import Matrix, Stack
-from seme.methods._registry import FRACTION, Among, PerExpert, method
+from seme.methods._registry import AT_LEAST_0, FRACTION, Among, PerExpert, method
 from seme.roles import Role, TensorRole
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ KNOWN_RULE = Among(f"one of {', '.join(RULES)}", RULES.__contains__)
 KNOWN_AXIS = Among(f"one of {', '.join(AXES)}", AXES.__contains__)
 ABOVE_0 = Among("a number above 0, up to 1", lambda value: 0 < value <= 1)
 BELOW_1 = Among("a number from 0 to below 1", lambda value: 0 <= value < 1)
-AT_LEAST_0 = Among("at least 0", lambda value: value >= 0)
 AT_LEAST_1 = Among("at least 1", lambda value: value >= 1)
 PROBES = 32
 """Random sign combinations of rows from which the report estimates shares and overlaps (see :func:`_Sketch`)."""

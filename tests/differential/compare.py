@@ -87,6 +87,9 @@ def ulp(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(magnitude), exponent - MANTISSA[dtype])
 
 
+SPHERES = ("karcher", "model_stock", "multislerp", "nuslerp")
+"""Methods that work with angles in the compute dtype in mergekit."""
+
 CUT = ("ties", "breadcrumbs", "breadcrumbs_ties")
 """Methods that cut task vectors by magnitude."""
 
@@ -140,8 +143,8 @@ def allowance(
 
     ``fused`` says whether torch uses fused multiply-adds.
 
-    - ``task_arithmetic``, ``ties``, ``breadcrumbs``: none. Both tools do the same operations in the same order, each
-      rounded.
+    - ``nearswap``, ``passthrough``, ``task_arithmetic``, ``ties``, ``breadcrumbs``: none. Both tools do the same
+      operations in the same order, each rounded.
     - ``ties`` and ``breadcrumbs`` with ``rescale`` in float32 or float64: the L1 norms are sums over a whole tensor,
       exact in seme, in the working dtype in mergekit. Terms of one sign, added pairwise, come out a few eps off; so
       does their quotient, and the merged task vector with it. In bfloat16 and float16 the norms are rounded so far
@@ -151,6 +154,9 @@ def allowance(
     - ``slerp``: mergekit computes norms, inner product and coefficients in float32 (float64 for float64), seme in
       float64 with an exact sum. The coefficients are smooth functions of the inner product, hence a few eps apart,
       and sqrt(n) / 8 eps for the errors of n added squares, a random walk.
+    - ``nuslerp``, ``multislerp``, ``karcher``, ``model_stock``: as ``slerp``, but mergekit works in the compute dtype
+      and rounds unit vectors, angles and every product to it (torch holds sums in float32, and rounds them once). So
+      the few eps are those of the compute dtype, and with 16 bits there is no random walk.
 
     The ends of the interval are rounded as results are. So where the arithmetic is float32 and the results bfloat16,
     only those few elements may differ between whose two values a rounding boundary lies, and by one ulp.
@@ -165,16 +171,32 @@ def allowance(
     elif method.name == "slerp":
         size = sum(t.abs() for t in held)
         roundings = 8 + math.sqrt(plan.group.numel) / 8
+    elif method.name in SPHERES:
+        size = _directed_size(method, plan, held)
+        roundings = 8 + (math.sqrt(plan.group.numel) / 8 if compute == work else 0)
     elif method.name in CUT and arguments["rescale"] and compute == work and min(arguments["density"]) < 1:
         size = _rescaled_size(method, plan, held)
         roundings = 8.0
     else:
         return None
-    error = roundings * torch.finfo(work).eps * size
+    of_compute = torch.finfo(compute if method.name in SPHERES else work)
+    error = roundings * of_compute.eps * (size + of_compute.smallest_normal)
     value = method.reference(held, base=plan.group.base, **arguments)
     out = plan.group.out_dtype.to_torch()
     low, high = ((value + e).to(work).to(compute).to(out).double() for e in (-error, error))
     return low, high
+
+
+def _directed_size(method: Method, plan: TensorPlan, held: list[torch.Tensor]) -> torch.Tensor:
+    """How large base, terms and result can be. Two of the methods add directions at the mean length, for which a short
+    vector is made as long as the longest."""
+    size = sum((t.abs() for t in held), start=torch.zeros_like(held[0]))
+    if method.name not in ("karcher", "multislerp"):
+        return size
+    base = plan.group.base
+    vectors = [t if base is None else t - held[base] for i, t in enumerate(held) if i != base]
+    longest = max(v.norm() for v in vectors)
+    return size + torch.stack([v.abs() * longest / v.norm().clamp(min=1e-30) for v in vectors]).sum(0)
 
 
 def _rescaled_size(method: Method, plan: TensorPlan, held: list[torch.Tensor]) -> torch.Tensor:

@@ -370,10 +370,193 @@ def renamed(recipes: dict[str, str], old: str, new: str) -> dict[str, str]:
     return {name: text.replace(f"merge_method: {old}", f"merge_method: {new}") for name, text in recipes.items()}
 
 
+PASSTHROUGH = {
+    "scale": """
+merge_method: passthrough
+models: [{model: $a, parameters: {scale: 0.3}}]
+""",
+    "filters": """
+merge_method: passthrough
+models:
+  - model: $a
+    parameters:
+      scale:
+        - {filter: $mlp, value: 0}
+        - {filter: $attention, value: [1.3, -0.7, 0.2]}
+""",
+    "plain": """
+merge_method: passthrough
+models: [{model: $b}]
+""",
+}
+
+# Columns of many elements: those of two or three may point opposite ways, where sin(theta) divides rounding errors.
+NUSLERP = {
+    "scalars": """
+merge_method: nuslerp
+models:
+  - {model: $a, parameters: {weight: 0.3}}
+  - {model: $c, parameters: {weight: "5e-1"}}
+""",
+    "base": """
+merge_method: nuslerp
+models:
+  - {model: $a, parameters: {weight: 0.3}}
+  - {model: $c, parameters: {weight: 0.9}}
+base_model: $base
+""",
+    "filters": """
+merge_method: nuslerp
+models:
+  - model: $a
+    parameters:
+      weight:
+        - {filter: $mlp, value: -0.2}
+        - {filter: $second, value: [0.4, 0.9]}
+  - {model: $base}
+  - model: $b
+    parameters:
+      weight: {filter: $attention, value: [0.15, 0.85]}
+base_model: $base
+parameters:
+  weight: 0.45
+  nuslerp_flatten: {filter: $attention, value: false}
+  nuslerp_row_wise: {filter: $second, value: true}
+""",
+    "rows": """
+merge_method: nuslerp
+models:
+  - {model: $a, parameters: {weight: [0.2, 0.6]}}
+  - {model: $c, parameters: {weight: 0.5}}
+parameters: {nuslerp_flatten: false}
+""",
+    "columns": """
+merge_method: nuslerp
+models:
+  - {model: $a, parameters: {weight: 0.2}}
+  - {model: $c, parameters: {weight: 0.5}}
+base_model: $base
+parameters:
+  nuslerp_flatten: [{filter: $attention, value: false}, {filter: $mlp, value: false}]
+  nuslerp_row_wise: true
+""",
+    "weights-cancel": """
+merge_method: nuslerp
+models:
+  - {model: $a, parameters: {weight: 0.7}}
+  - {model: $b, parameters: {weight: -0.7}}
+base_model: $base
+""",
+}
+
+MULTISLERP = {
+    "scalars": """
+merge_method: multislerp
+models:
+  - {model: $a, parameters: {weight: 0.3}}
+  - {model: $b, parameters: {weight: 0.2}}
+  - {model: $c, parameters: {weight: "5e-1"}}
+""",
+    "base": """
+merge_method: multislerp
+models:
+  - {model: $a, parameters: {weight: 0.3}}
+  - {model: $c, parameters: {weight: [0.5, 0.2]}}
+base_model: $base
+""",
+    "filters": """
+merge_method: multislerp
+models:
+  - {model: $a}
+  - {model: $c, parameters: {weight: {filter: $attention, value: [0.15, 0.85]}}}
+  - {model: $base}
+base_model: $base
+parameters:
+  weight: 0.45
+  normalize_weights: {filter: $mlp, value: false}
+""",
+    "one-model": """
+merge_method: multislerp
+models: [{model: $a, parameters: {weight: 0.3}}]
+base_model: $base
+""",
+}
+
+KARCHER = {
+    "defaults": """
+merge_method: karcher
+models: [{model: $a}, {model: $b}, {model: $c}]
+""",
+    "filters": """
+merge_method: karcher
+models: [{model: $a}, {model: $c}]
+base_model: $base
+parameters:
+  max_iter: {filter: $mlp, value: 1}
+  tol: {filter: $attention, value: 1e-3}
+""",
+    "one-model": """
+merge_method: karcher
+models: [{model: $a}]
+""",
+}
+
+MODEL_STOCK = {
+    "defaults": """
+merge_method: model_stock
+models: [{model: $a}, {model: $b}, {model: $c}]
+base_model: $base
+""",
+    "filters": """
+merge_method: model_stock
+models: [{model: $base}, {model: $a}, {model: $c}]
+base_model: $base
+parameters:
+  filter_wise: {filter: $attention, value: true}
+""",
+    "rows": """
+merge_method: model_stock
+models: [{model: $a}, {model: $b}, {model: $c}]
+base_model: $base
+parameters: {filter_wise: true}
+""",
+}
+
+NEARSWAP = {
+    "scalars": """
+merge_method: nearswap
+models: [{model: $a}]
+base_model: $base
+parameters: {t: 0.001}
+""",
+    "filters": """
+merge_method: nearswap
+models: [{model: $base}, {model: $c}]
+base_model: $base
+parameters:
+  t:
+    - {filter: $mlp, value: [0.001, 0.02, 0.005]}
+    - {filter: $attention, value: -0.01}
+    - {value: 0.01}
+""",
+    "nothing": """
+merge_method: nearswap
+models: [{model: $b}, {model: $base}]
+base_model: $base
+parameters: {t: 0}
+""",
+}
+
 RECIPES = {
     "breadcrumbs": BREADCRUMBS,
     "breadcrumbs_ties": renamed(BREADCRUMBS, "breadcrumbs", "breadcrumbs_ties"),
+    "karcher": KARCHER,
     "linear": LINEAR,
+    "model_stock": MODEL_STOCK,
+    "multislerp": MULTISLERP,
+    "nearswap": NEARSWAP,
+    "nuslerp": NUSLERP,
+    "passthrough": PASSTHROUGH,
     "slerp": SLERP,
     "task_arithmetic": TASK_ARITHMETIC,
     "ties": TIES,

@@ -9,14 +9,33 @@ import seme
 from seme.errors import ConfigError
 from seme.methods import get, methods
 
-# Arguments with which a method that has required parameters can be called; more than one case may be given.
+# Arguments with which a method that has required parameters can be called; more than one case may be given. With BASE a
+# method is given the base model that it can do without.
+BASE = "base model"
 SPARSE = {"weight": [0.5, 0.25], "density": [0.25, 0.75], "rescale": True, "lambda": 0.5}
 ARGUMENTS = {
     "breadcrumbs": [{**SPARSE, "gamma": [0.05, 0.4]}, {"weight": [1.0, 1.0], "density": 0.5, "normalize": True}],
     "breadcrumbs_ties": [{**SPARSE, "gamma": [0.05, 0.4]}, {"weight": 1.0, "density": 0.9, "normalize": True}],
     "dare_linear": [SPARSE, {"weight": 1.0, "density": 0.5, "normalize": True, "rescale": False}],
     "dare_ties": [SPARSE, {"weight": 1.0, "density": 0.5, "normalize": True, "rescale": False}],
+    "karcher": [{}, {"max_iter": 1}],
     "linear": [{"weight": [0.25, 0.5, 0.25]}],
+    "model_stock": [{}, {"filter_wise": True}],
+    "multislerp": [
+        {"weight": [0.25, 0.5, 0.25]},
+        {"weight": [0.25, 0.5], BASE: True},
+        {"weight": [0.75, 0.25], BASE: True, "normalize_weights": False},
+    ],
+    "nearswap": [{"t": 0.75}, {"t": -1.0}],
+    "nuslerp": [
+        {"weight": [0.5, 0.25]},
+        {"weight": [0.5, 0.25], "nuslerp_flatten": False},
+        {"weight": [0.5, 0.25], "nuslerp_flatten": False, "nuslerp_row_wise": True},
+        {"weight": [0.5, 0.25], BASE: True},
+        {"weight": [0.5, 0.25], BASE: True, "nuslerp_flatten": False},
+        {"weight": [0.5, 0.25], BASE: True, "nuslerp_flatten": False, "nuslerp_row_wise": True},
+    ],
+    "passthrough": [{}, {"scale": [1.5]}],
     "task_arithmetic": [{"weight": [0.5, 0.25], "lambda": 0.5}, {"weight": [0.5, 0.25], "normalize": True}],
     "slerp": [{"t": 0.25}],
     "ties": [{"weight": [0.5, 0.25], "density": [0.25, 0.75]}, {"weight": [1.0, 1.0]}],
@@ -39,15 +58,20 @@ def tolerance(name):
 BACKENDS = ("torch", "cpu", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []))
 
 
-def inputs(name, shape=(40, 33), dtype=torch.float32):
+def has_base(name, case):
+    return get(name).base == "required" or BASE in case
+
+
+def inputs(name, case, shape=(40, 33), dtype=torch.float32):
     """As many tensors as the method takes at most, up to three, of multiples of 1/64: sums are exact, ties many."""
-    count = min(get(name).max_inputs or 3, 3)
+    count = min((get(name).max_inputs or 3) + (get(name).base == "optional" and BASE in case), 3)
     generator = torch.Generator().manual_seed(count)
     return [(torch.randint(-127, 128, shape, generator=generator) / 64).to(dtype) for _ in range(count)]
 
 
 def run(name, tensors, case, **options):
-    base = 0 if get(name).base == "required" else None
+    base = 0 if has_base(name, case) else None
+    case = {k: v for k, v in case.items() if k != BASE}
     models = [{"w": t} for t in tensors]
     return seme.merge_state_dicts(models, name, base=base, parameters=case, **options)["w"]
 
@@ -55,7 +79,7 @@ def run(name, tensors, case, **options):
 def reference(name, tensors, case):
     method = get(name)
     arguments = {p.name: case.get(p.name, p.default) for p in method.params}
-    experts = len(tensors) - (method.base == "required")
+    experts = len(tensors) - has_base(name, case)
     for p in method.params:
         if p.scope != "shared" and not isinstance(arguments[p.name], list):
             arguments[p.name] = [arguments[p.name]] * experts
@@ -63,7 +87,7 @@ def reference(name, tensors, case):
         arguments["lambda_"] = arguments.pop("lambda")
     if name in RANDOM:
         arguments["name"] = "w"
-    return method.reference(tensors, base=0 if method.base == "required" else None, **arguments)
+    return method.reference(tensors, base=0 if has_base(name, case) else None, **arguments)
 
 
 def test_every_method_has_a_case():
@@ -73,22 +97,25 @@ def test_every_method_has_a_case():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_equals_its_reference(name, case, backend):
-    tensors = inputs(name)
+    tensors = inputs(name, case)
     found = run(name, tensors, case, backend=backend)
     assert (found - reference(name, tensors, case)).abs().max() <= tolerance(name)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_all_inputs_equal_give_that_input(name, case):
-    tensors = [inputs(name)[0]] * len(inputs(name))
-    # slerp and linear multiply by coefficients that add up to one only to within rounding.
-    assert (run(name, tensors, case) - tensors[0]).abs().max() <= 4 * 2.0**-24
+    tensors = [inputs(name, case)[0]] * len(inputs(name, case))
+    # slerp and linear multiply by coefficients that add up to one only to within rounding. One model may be scaled.
+    scale = case.get("scale", [1.0])[0]
+    assert (run(name, tensors, case) - scale * tensors[0]).abs().max() <= 4 * 2.0**-24
 
 
-@pytest.mark.parametrize(("name", "case"), [c for c in CASES if c[0] not in ("slerp", *RANDOM)])
+@pytest.mark.parametrize(
+    ("name", "case"), [c for c in CASES if c[0] not in RANDOM and (get(c[0]).max_inputs is None or BASE in c[1])]
+)
 def test_order_of_the_models_does_not_matter(name, case):
-    tensors = inputs(name)
-    first = get(name).base == "required"
+    tensors = inputs(name, case)
+    first = has_base(name, case)
     order = [0, 2, 1] if first else [2, 0, 1]
     permuted = {k: [v[i - first] for i in order if i >= first] if isinstance(v, list) else v for k, v in case.items()}
     found = run(name, [tensors[i] for i in order], permuted)
@@ -98,14 +125,16 @@ def test_order_of_the_models_does_not_matter(name, case):
 
 
 def test_slerp_from_the_other_end():
-    a, b = inputs("slerp")
+    a, b = inputs("slerp", {})
     assert torch.allclose(run("slerp", [a, b], {"t": 0.25}), run("slerp", [b, a], {"t": 0.75}), atol=1e-6)  # rounding
+    found = run("nuslerp", [a, b], {"weight": [3, 1]})
+    assert torch.allclose(found, run("slerp", [a, b], {"t": 0.25}), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(0,), (), (1,), (3, 0, 2)])
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_empty_and_scalar_tensors(name, case, shape):
-    tensors = inputs(name, shape)
+    tensors = inputs(name, case, shape)
     found = run(name, tensors, case)
     assert found.shape == shape
     if found.numel():
@@ -115,26 +144,26 @@ def test_empty_and_scalar_tensors(name, case, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_dtype_in_is_dtype_out(name, case, dtype):
-    assert run(name, inputs(name, dtype=dtype), case).dtype == dtype
+    assert run(name, inputs(name, case, dtype=dtype), case).dtype == dtype
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "case"), ELEMENTWISE)
 def test_every_backend_gives_the_same_bytes(name, case, backend):
-    tensors = [t + i * torch.rand(t.shape) for i, t in enumerate(inputs(name))]  # sums that do round
+    tensors = [t + i * torch.rand(t.shape) for i, t in enumerate(inputs(name, case))]  # sums that do round
     assert torch.equal(run(name, tensors, case, backend=backend), run(name, tensors, case, backend="torch"))
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_views_are_merged_as_their_copies(name, case):
-    tensors = inputs(name)
+    tensors = inputs(name, case)
     views = [torch.stack([t, -t], dim=-1)[..., 0].t() for t in tensors]
     assert torch.equal(run(name, views, case), run(name, [v.contiguous() for v in views], case))
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_inputs_are_not_changed(name, case):
-    tensors = inputs(name)
+    tensors = inputs(name, case)
     before = [t.clone() for t in tensors]
     run(name, tensors, case)
     assert all(torch.equal(t, b) for t, b in zip(tensors, before))
@@ -142,17 +171,18 @@ def test_inputs_are_not_changed(name, case):
 
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
 def test_unknown_and_missing_parameters_are_named(name):
+    case = ARGUMENTS[name][0]
     with pytest.raises(ConfigError, match=r"parameters.nonsense: .* has no such parameter"):
-        run(name, inputs(name), {**ARGUMENTS[name][0], "nonsense": 1})
+        run(name, inputs(name, case), {**case, "nonsense": 1})
     for required in [p.name for p in get(name).params if p.required][:1]:
         with pytest.raises(ConfigError, match=f"parameters.{required}: missing"):
-            run(name, inputs(name), {})
+            run(name, inputs(name, case), {})
 
 
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("gamma", [0.0, 0.01, 0.3, 1.0])
 def test_breadcrumbs_keeps_the_elements_after_the_outliers_in_a_stable_sort(density, gamma):
-    base, tuned = torch.zeros(10_000), inputs("ties", (10_000,))[1]
+    base, tuned = torch.zeros(10_000), inputs("ties", {}, (10_000,))[1]
     found = run("breadcrumbs", [base, tuned], {"weight": 1.0, "density": density, "gamma": gamma})
     count = int(density * 10_000)
     begin = min(int(gamma * 10_000), 10_000 - count)
@@ -162,7 +192,7 @@ def test_breadcrumbs_keeps_the_elements_after_the_outliers_in_a_stable_sort(dens
 
 
 def test_ties_keeps_exactly_the_elements_a_stable_sort_keeps():
-    base, tuned = torch.zeros(10_000), inputs("ties", (10_000,))[1]
+    base, tuned = torch.zeros(10_000), inputs("ties", {}, (10_000,))[1]
     for density in (0.001, 0.1, 0.5, 0.9):
         found = run("ties", [base, tuned], {"weight": 1.0, "density": density})
         kept = torch.zeros(10_000, dtype=torch.bool)

@@ -14,7 +14,13 @@ def test_methods_of_this_version():
         "dare_linear",
         "dare_ties",
         "iso_c",
+        "karcher",
         "linear",
+        "model_stock",
+        "multislerp",
+        "nearswap",
+        "nuslerp",
+        "passthrough",
         "seme",
         "slerp",
         "task_arithmetic",
@@ -122,6 +128,17 @@ def test_how_many_models_a_method_takes():
             get(name).check_inputs(count)
         assert str(e.value) == message
     get("linear").check_inputs(100)
+    with pytest.raises(ConfigError, match="models: passthrough takes 1 model, base included; found 2"):
+        get("passthrough").check_inputs(2)
+
+
+def test_an_optional_base_is_not_counted():
+    get("nuslerp").check_inputs(2, base=False)
+    get("nuslerp").check_inputs(3, base=True)
+    for count, base in ((3, False), (2, True)):
+        found = count - base
+        with pytest.raises(ConfigError, match=f"nuslerp takes 2 models, base not included; found {found}"):
+            get("nuslerp").check_inputs(count, base)
 
 
 def test_a_parameter_without_description_or_with_another_type_is_refused():
