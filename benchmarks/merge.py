@@ -98,13 +98,31 @@ class Method:
 # With 0.5, 0.3, 0.2 many sums would lie halfway between two bfloat16 values, where the last bit is a toss-up.
 WEIGHTS = {"weight": [0.4, 0.35, 0.25]}
 METHODS = {
+    "passthrough": Method("passthrough", base=False, tuned=1, parameters={}, shared={}),
     "linear": Method("linear", base=False, tuned=3, parameters=WEIGHTS, shared={}),
-    "task_arithmetic": Method("task_arithmetic", base=True, tuned=3, parameters=WEIGHTS, shared={}),
     "slerp": Method("slerp", base=True, tuned=1, parameters={}, shared={"t": 0.4}),
+    "nuslerp": Method("nuslerp", base=False, tuned=2, parameters={"weight": [0.4, 0.6]}, shared={}),
+    "multislerp": Method("multislerp", base=False, tuned=3, parameters=WEIGHTS, shared={}),
+    "karcher": Method("karcher", base=False, tuned=3, parameters={}, shared={}),
+    "nearswap": Method("nearswap", base=True, tuned=1, parameters={}, shared={"t": 0.001}),
+    "arcee_fusion": Method("arcee_fusion", base=True, tuned=1, parameters={}, shared={}),
+    "model_stock": Method("model_stock", base=True, tuned=3, parameters={}, shared={}),
+    "task_arithmetic": Method("task_arithmetic", base=True, tuned=3, parameters=WEIGHTS, shared={}),
     # The checkpoints have 30 % of their entries changed: at density 0.5 every change is kept and the threshold is
     # zero; at 0.2 the threshold lies among the changes.
     "ties": Method("ties", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.5}, shared={}),
     "ties_sparse": Method("ties", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.2}, shared={}),
+    "breadcrumbs": Method("breadcrumbs", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.2}, shared={}),
+    "breadcrumbs_ties": Method(
+        "breadcrumbs_ties", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.2}, shared={}
+    ),
+    "dare_linear": Method("dare_linear", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.5}, shared={}),
+    "dare_ties": Method("dare_ties", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.5}, shared={}),
+    "della_linear": Method("della_linear", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.5}, shared={}),
+    "della": Method("della", base=True, tuned=3, parameters={**WEIGHTS, "density": 0.5}, shared={}),
+    "sce": Method("sce", base=True, tuned=3, parameters={}, shared={"select_topk": 0.1}),
+    "ram": Method("ram", base=True, tuned=3, parameters={}, shared={}),
+    "ramplus_tl": Method("ramplus_tl", base=True, tuned=3, parameters={}, shared={}),
     "seme": Method("seme", base=True, tuned=3, parameters={}, shared={}, peer=False),
 }
 
