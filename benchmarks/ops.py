@@ -36,6 +36,10 @@ NARROW = 21
 ROW = 4096
 OUTLIER = 128
 """Twice the threshold, in steps of the bfloat16 key."""
+EPSILON = 1e-3
+ROW = 2048
+VARIANCE = 0x3606
+"""The key of the bfloat16 number 2e-6: about a fifth of the elements vary more."""
 
 Tensors = list[torch.Tensor]
 
@@ -49,12 +53,14 @@ class Case:
         writes: the result is a tensor of the inputs' size, else a few numbers.
         seme: ``seme(tensors, **options)``, options being ``out`` (if it writes), ``threads``, ``backend``.
         torch: the same in plain torch, as one would write it by hand.
+        bound: relative error to which backends agree; 0: to the bit.
     """
 
     inputs: int
     writes: bool
     seme: Callable[..., torch.Tensor]
     torch: Callable[[Tensors], Any]
+    bound: float = 0.0
 
     def bytes(self, elements: int) -> int:
         """Bytes that must be moved, bfloat16."""
@@ -216,6 +222,76 @@ def torch_nonfinite(tensors: Tensors) -> Tensors:
     return [tensor.isfinite().logical_not_().sum() for tensor in tensors]
 
 
+def torch_variance(tensors: Tensors) -> torch.Tensor:
+    """Variance over the task vectors, in bfloat16."""
+    base, *tuned = tensors
+    return torch.stack([t - base for t in tuned]).var(0, unbiased=False)
+
+
+def torch_sce(tensors: Tensors) -> torch.Tensor:
+    """Elect signs, mean of those that agree by known coefficients; in bfloat16."""
+    base, *tuned = tensors
+    deltas = [t - base for t in tuned]
+    positive = sum(deltas[1:], deltas[0]) >= 0
+    total, share = torch.zeros_like(base), torch.zeros_like(base)
+    for delta, weight in zip(deltas, WEIGHTS, strict=True):
+        agrees = torch.where(positive, delta > 0, delta < 0)
+        total.add_(delta.mul_(agrees), alpha=weight)
+        share.add_(agrees, alpha=weight)
+    return total.div_(share.clamp_(min=1e-6)).add_(base)
+
+
+def torch_changes(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Task vectors, and where they change the base."""
+    base, *tuned = tensors
+    deltas = [t - base for t in tuned]
+    return deltas, [delta.abs() > EPSILON for delta in deltas]
+
+
+def torch_ram(tensors: Tensors) -> torch.Tensor:
+    """Mean over the models that change an element; in bfloat16."""
+    deltas, masks = torch_changes(tensors)
+    count = sum(masks[1:], masks[0].to(torch.uint8)).clamp_(min=1)
+    total = torch.zeros_like(tensors[0])
+    for delta, mask in zip(deltas, masks, strict=True):
+        total.add_(delta.mul_(mask).div_(count))
+    return total.add_(tensors[0])
+
+
+def torch_overlap_counts(tensors: Tensors) -> Tensors:
+    """How many changed elements others change as well."""
+    _, masks = torch_changes(tensors)
+    several = sum(masks[1:], masks[0].to(torch.uint8)) > 1
+    return [(mask & several).sum() for mask in masks]
+
+
+def whole_rows(tensors: Tensors) -> Tensors:
+    """The base and one other tensor, as far as they are whole rows."""
+    return [t[: len(t) // ROW * ROW] for t in tensors[:2]]
+
+
+def factors(tensors: Tensors) -> list[float]:
+    """One factor per row."""
+    return [2.0] * (len(tensors[0]) // ROW)
+
+
+def torch_row_divergence(tensors: Tensors) -> torch.Tensor:
+    """Divergence of the softmax of rows, in float32."""
+    q, p = (torch.softmax(t.view(-1, ROW).float(), dim=-1).add_(1e-8) for t in tensors)
+    return (p * torch.log(p / q)).sum(1)
+
+
+def torch_importance(tensors: Tensors) -> torch.Tensor:
+    """Importance of every element, in bfloat16."""
+    return (tensors[1] - tensors[0]).abs_().view(-1, ROW).mul_(2.0)
+
+
+def torch_importance_fusion(tensors: Tensors) -> torch.Tensor:
+    """The base, and the other tensor where it is important."""
+    keep = torch_importance(tensors).view(-1) >= 0.004
+    return (tensors[1] - tensors[0]).mul_(keep).add_(tensors[0])
+
+
 def cases(key: int) -> dict[str, Case]:
     """All cases; ``key`` is the threshold that the trimming ones use."""
     three = [key] * 3
@@ -277,6 +353,47 @@ def cases(key: int) -> dict[str, Case]:
             bf16(ops.trimmed_l1, thresholds=three, tie_quotas=[ALL] * 3),
             lambda t: torch_trimmed_l1(t, key),
         ),
+        "sce 1+3": Case(
+            4,
+            True,
+            bf16(ops.sce, WEIGHTS, thresholds=[0], tie_quotas=[ALL]),
+            torch_sce,
+        ),
+        "sce 1+3, selection": Case(
+            4,
+            True,
+            bf16(ops.sce, WEIGHTS, thresholds=[VARIANCE], tie_quotas=[ALL]),
+            lambda t: (torch_variance(t), torch_sce(t)),
+        ),
+        "selected_squares 1+3": Case(
+            4,
+            False,
+            bf16(ops.selected_squares, thresholds=[VARIANCE], tie_quotas=[ALL]),
+            lambda t: (torch_variance(t), [(x - t[0]).square_().sum() for x in t[1:]]),
+        ),
+        "variance_histogram 1+3": Case(4, False, bf16(ops.variance_histogram, lowest=0, shift=0), torch_variance),
+        "variance_ties 1+3": Case(4, False, bf16(ops.variance_ties, thresholds=[VARIANCE]), torch_variance),
+        "ram 1+3": Case(4, True, bf16(ops.ram, [1.0] * 3, epsilon=EPSILON), torch_ram),
+        "overlap_counts 1+3": Case(4, False, bf16(ops.overlap_counts, epsilon=EPSILON), torch_overlap_counts),
+        "row_divergence 1+1": Case(
+            2,
+            False,
+            lambda t, **o: ops.row_divergence(*whole_rows(t), row=ROW, **o),
+            torch_row_divergence,
+            bound=1e-12,
+        ),
+        "importance_histogram 1+1": Case(
+            2,
+            False,
+            lambda t, **o: ops.importance_histogram(*whole_rows(t), factors(t), row=ROW, lowest=[0], shift=[15], **o),
+            torch_importance,
+        ),
+        "importance_fusion 1+1": Case(
+            2,
+            True,
+            lambda t, **o: ops.importance_fusion(*whole_rows(t), factors(t), row=ROW, threshold=0.004, **o),
+            torch_importance_fusion,
+        ),
         "nonfinite 1": Case(1, False, lambda t, **o: ops.nonfinite(t, **o), torch_nonfinite),
     }
 
@@ -285,7 +402,9 @@ def verify(case: Case, tensors: Tensors) -> None:
     """The kernel gives the bits of the reference on an odd number of elements: no number without a right result."""
     few = [t[:65537] for t in tensors]
     ours, reference = case.seme(few, threads=2, backend="cpu"), case.seme(few, backend="torch")
-    if not torch.equal(ours, reference):
+    if case.bound:
+        torch.testing.assert_close(ours, reference, rtol=case.bound, atol=1e-15)
+    elif not torch.equal(ours, reference):
         raise AssertionError(f"{int((ours != reference).sum())} of {ours.numel()} results differ from the reference")
 
 

@@ -267,6 +267,112 @@ static void nearswap(const std::vector<PyView>& tensors, double t, double least,
     seme::cpu::nearswap(views, t, least, c, o, threads);
 }
 
+// Selection by the variance over the task vectors.
+
+static void variance_histogram(const std::vector<PyView>& tensors, int64_t lowest, int64_t shift, int compute,
+                               const PyView& out, int threads) {
+    auto t = views_of(tensors);
+    if (t.size() < 2) throw std::invalid_argument("no task vectors");
+    if (lowest < 0) throw std::invalid_argument("lowest is negative");
+    if (shift < 0 || shift > 47) throw std::invalid_argument("shift is not 0..47");
+    int64_t* o = results_of<int64_t>(out, seme::kBins + 2);
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::variance_histogram(t, lowest, shift, c, o, threads);
+}
+
+static void variance_ties(const std::vector<PyView>& tensors, int64_t threshold, int compute, const PyView& out,
+                          int threads) {
+    auto t = views_of(tensors);
+    if (t.size() < 2) throw std::invalid_argument("no task vectors");
+    int64_t* o = results_of<int64_t>(out, 1);
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::variance_ties(t, threshold, c, o, threads);
+}
+
+static void selected_squares(const std::vector<PyView>& tensors, int64_t threshold, int64_t tie_quota, int compute,
+                             const PyView& out, int threads) {
+    auto t = views_of(tensors);
+    if (t.size() < 2) throw std::invalid_argument("no task vectors");
+    double* o = results_of<double>(out, seme::blocks(t[0].n) * int64_t(t.size() - 1));
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::selected_squares(t, threshold, tie_quota, c, o, threads);
+}
+
+static void sce(const std::vector<PyView>& tensors, const Reals& coefficients, int64_t threshold, int64_t tie_quota,
+                int compute, const PyView& out, int threads) {
+    View o = view_of(out);
+    auto t = views_of(tensors, o.n);
+    if (t.size() < 2) throw std::invalid_argument("no task vectors");
+    check_count(coefficients.size(), t.size() - 1, "coefficients");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::sce(t, coefficients, threshold, tie_quota, c, o, threads);
+}
+
+static void ram(const std::vector<PyView>& tensors, const Reals& scales, double epsilon, bool rounded, int compute,
+                const PyView& out, int threads) {
+    View o = view_of(out);
+    auto t = views_of(tensors, o.n);
+    check_count(scales.size(), t.size() - 1, "scales");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::ram(t, scales, epsilon, rounded, c, o, threads);
+}
+
+static void overlap_counts(const std::vector<PyView>& tensors, double epsilon, int compute, const PyView& out,
+                           int threads) {
+    auto t = views_of(tensors);
+    int64_t* o = results_of<int64_t>(out, int64_t(t.size() - 1) * 2);
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::overlap_counts(t, epsilon, c, o, threads);
+}
+
+// A base and one other tensor in rows; the number of rows.
+static int64_t rows_of(const std::vector<View>& tensors, int64_t row) {
+    if (tensors.size() != 2) throw std::invalid_argument("a base and one tensor expected");
+    if (row < 1 || tensors[0].n % row != 0) throw std::invalid_argument("no whole rows");
+    return tensors[0].n / row;
+}
+
+static void row_divergence(const std::vector<PyView>& tensors, int64_t row, bool rounded, int compute,
+                           const PyView& out, int threads) {
+    auto t = views_of(tensors);
+    double* o = results_of<double>(out, rows_of(t, row));
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::row_divergence(t, row, rounded, c, o, threads);
+}
+
+static void importance_histogram(const std::vector<PyView>& tensors, const PyView& factors, int64_t row,
+                                 const Integers& lowest, const Integers& shift, int compute, const PyView& out,
+                                 int threads) {
+    auto t = views_of(tensors);
+    const double* f = results_of<double>(factors, rows_of(t, row));
+    if (lowest.size() != shift.size()) throw std::invalid_argument("one shift per window expected");
+    for (int64_t v : lowest)
+        if (v < 0) throw std::invalid_argument("lowest is negative");
+    for (int64_t v : shift)
+        if (v < 0 || v > 47) throw std::invalid_argument("shift is not 0..47");
+    int64_t* o = results_of<int64_t>(out, int64_t(lowest.size()) * (seme::kBins + 2));
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::importance_histogram(t, f, row, lowest, shift, c, o, threads);
+}
+
+static void importance_fusion(const std::vector<PyView>& tensors, const PyView& factors, int64_t row, double threshold,
+                              int compute, const PyView& out, int threads) {
+    View o = view_of(out);
+    auto t = views_of(tensors, o.n);
+    const double* f = results_of<double>(factors, rows_of(t, row));
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cpu::importance_fusion(t, f, row, threshold, c, o, threads);
+}
+
 // What surrounds the products of the matrix ops.
 
 static void subtract(const PyMatrix& base, const PyMatrix& tensor, const PyMatrix& delta, int threads) {
@@ -348,6 +454,15 @@ PYBIND11_MODULE(_C, m) {
     m.def("tie_counts", &tie_counts);
     m.def("ties", &ties);
     m.def("trimmed_l1", &trimmed_l1);
+    m.def("variance_histogram", &variance_histogram);
+    m.def("variance_ties", &variance_ties);
+    m.def("selected_squares", &selected_squares);
+    m.def("sce", &sce);
+    m.def("ram", &ram);
+    m.def("overlap_counts", &overlap_counts);
+    m.def("row_divergence", &row_divergence);
+    m.def("importance_histogram", &importance_histogram);
+    m.def("importance_fusion", &importance_fusion);
     m.def("subtract", &subtract);
     m.def("add_scaled", &add_scaled);
     m.def("elect_select", &elect_select);

@@ -67,6 +67,66 @@ struct NearSwap {
     static SEME_HD T mix(T a, T b, T s) { return C::round(C::round(s * b) + C::round(C::round(T(1) - s) * a)); }
 };
 
+// variance_histogram and what goes with it: the population variance of an element over n task vectors, in float64,
+// rounded once. Deviations are taken from the first task vector. The first
+// is 0, so n sum e^2 - (sum e)^2 is at least sum e^2: little cancels, and only equal task vectors give 0.
+template <class C>
+struct Variance {
+    using T = typename C::T;
+    static SEME_HD double deviation(T d, T first) { return double(d) - double(first); }
+    static SEME_HD T finish(double sum, double squares, double n) {
+        return C::round(T((n * squares - sum * sum) / (n * n)));
+    }
+};
+
+// sce: elect the sign of the sum of the selected task vectors, average those that have it by the models' coefficients.
+template <class C>
+struct Sce {
+    using T = typename C::T;
+    using V = TaskVector<C>;
+    static SEME_HD T square(T d) { return C::round(d * d); }
+    static SEME_HD T term(T coefficient, T d) { return C::round(coefficient * d); }
+    // num / den of sums that are rounded here; a den below 1e-6 counts as 1e-6.
+    static SEME_HD T finish(T b, T num, T den) {
+        const T least = C::round(T(1e-6)), divisor = C::round(den);
+        return V::add(b, C::round(C::round(num) / (divisor < least ? least : divisor)));
+    }
+};
+
+// ram, overlap_counts: a model changes an element where its task vector lies outside [-epsilon, epsilon], or is NaN.
+// Where one model does, its change counts in full, times a scale; where several do, the mean of them.
+template <class C>
+struct Ram {
+    using T = typename C::T;
+    static SEME_HD bool changes(T d, T epsilon) { return !((d >= -epsilon) & (d <= epsilon)); }
+    // One model's part, where `count` >= 1 models change the element.
+    static SEME_HD T term(T d, bool changed, T count, T scale) {
+        const T part = keep_if(changed, d), shared = C::round(part / count), alone = part * scale;
+        return keep_if(count > T(1), shared) + keep_if(!(count > T(1)), alone);
+    }
+    // `rounded` says whether the merged task vector and the result are rounded to the compute dtype.
+    static SEME_HD T finish(T b, T sum, bool rounded) {
+        return rounded ? TaskVector<C>::add(b, C::round(sum)) : b + sum;
+    }
+};
+
+// importance_histogram, importance_fusion: |d| times the factor of the row. Its key grows with it; in the 16-bit types,
+// whose factors may be negative, keys of negative numbers lie below 2^15.
+template <class C>
+struct Importance {
+    using T = typename C::T;
+    using Key = typename C::Key;
+    static constexpr bool kSigned = C::kGreatestKey < 0x8000;
+    static constexpr Key kGreatestKey = kSigned ? C::kGreatestKey + 0x8000 : C::kGreatestKey;
+    static SEME_HD T score(T d, T factor) { return C::round((d < T(0) ? -d : d) * factor); }
+    static SEME_HD Key key(T score) {
+        const Key k = C::key(score);
+        if constexpr (kSigned) return score < T(0) ? Key(0x8000 - k) : Key(0x8000 + k);
+        return k;
+    }
+    static SEME_HD T finish(T b, T d, T score, T threshold) { return b + keep_if(score >= threshold, d); }
+};
+
 // magnitude_histogram: where a key (C::key, the magnitude as an integer) falls in a window of kBins bins.
 constexpr int64_t kBins = 65536;
 

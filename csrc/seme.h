@@ -92,6 +92,43 @@ void ties(const std::vector<View>& tensors, const std::vector<double>& weights, 
 // out[blocks, n, 2]
 void trimmed_l1(const std::vector<View>& tensors, const Selection& selection, DType compute, double* out, int threads);
 
+// Selection by the variance over the task vectors: one threshold and quota for all of them.
+
+// Adds to out[kBins + 2].
+void variance_histogram(const std::vector<View>& tensors, int64_t lowest, int64_t shift, DType compute, int64_t* out,
+                        int threads);
+
+// Adds to out[1].
+void variance_ties(const std::vector<View>& tensors, int64_t threshold, DType compute, int64_t* out, int threads);
+
+// out[blocks, n]
+void selected_squares(const std::vector<View>& tensors, int64_t threshold, int64_t tie_quota, DType compute,
+                      double* out, int threads);
+
+void sce(const std::vector<View>& tensors, const std::vector<double>& coefficients, int64_t threshold,
+         int64_t tie_quota, DType compute, View out, int threads);
+
+// scales: one per task vector; with `rounded`, the merged task vector and the result are rounded to the compute dtype.
+void ram(const std::vector<View>& tensors, const std::vector<double>& scales, double epsilon, bool rounded,
+         DType compute, View out, int threads);
+
+// Adds to out[n, 2].
+void overlap_counts(const std::vector<View>& tensors, double epsilon, DType compute, int64_t* out, int threads);
+
+// Of a base and one other tensor, in rows of `row` elements.
+
+// out[rows]
+void row_divergence(const std::vector<View>& tensors, int64_t row, bool rounded, DType compute, double* out,
+                    int threads);
+
+// factors[rows]. Adds to out[windows, kBins + 2].
+void importance_histogram(const std::vector<View>& tensors, const double* factors, int64_t row,
+                          const std::vector<int64_t>& lowest, const std::vector<int64_t>& shift, DType compute,
+                          int64_t* out, int threads);
+
+void importance_fusion(const std::vector<View>& tensors, const double* factors, int64_t row, double threshold,
+                       DType compute, View out, int threads);
+
 // What surrounds the matrix products of the matrix ops (seme/ops/_matrix.py). Sums and products are float32, or float64
 // where an operand of the op is; matrices called z, dots, delta and residual are of that type.
 

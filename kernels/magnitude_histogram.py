@@ -25,32 +25,38 @@ COLUMNS = tl.constexpr(65538)  # the bins, the keys beyond the window, the keys 
 
 
 @triton.jit
+def count_keys(key, mask, lowest, shift, row, COMPUTE: tl.constexpr):
+    """Adds keys to the columns of `row`, for a window given in int64."""
+    lowest = key_bound(lowest, COMPUTE)
+    shift = shift.to(lowest.dtype)
+    if COMPUTE != "float64":
+        shift = tl.minimum(shift, 31)
+    counted = mask & (key >= lowest)
+    above = tl.where(counted, key - lowest, 0)
+    bin = above >> shift
+    inside = counted & (bin < BINS)
+    # Values that are exactly zero can be most of a tensor: one addition for all of them, not one each.
+    zero = inside & (key == 0)
+    zeros = tl.sum(zero.to(tl.int64), axis=0)
+    beyond = tl.sum((counted & (bin >= BINS)).to(tl.int64), axis=0)
+    mixed = tl.sum((inside & (above != (bin << shift))).to(tl.int64), axis=0)
+    one = tl.full(key.shape, 1, tl.int64)
+    tl.atomic_add(row + bin, one, mask=inside & (key != 0), sem="relaxed")
+    tl.atomic_add(row, zeros, mask=zeros > 0, sem="relaxed")
+    tl.atomic_add(row + BINS, beyond, mask=beyond > 0, sem="relaxed")
+    tl.atomic_add(row + BINS + 1, mixed, mask=mixed > 0, sem="relaxed")
+
+
+@triton.jit
 def magnitude_histogram_kernel(tensors, integers, counts, n, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     """tensors: the base, then the others. integers: `lowest` of each, then `shift` of each, in int64."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     base = load(tensors[0], offsets, mask, COMPUTE)
     for i in tl.static_range(1, len(tensors)):
-        lowest = key_bound(tl.load(integers + i - 1), COMPUTE)
-        shift = tl.load(integers + len(tensors) + i - 2).to(lowest.dtype)
-        if COMPUTE != "float64":
-            shift = tl.minimum(shift, 31)
-        row = counts + (i - 1) * COLUMNS
         key = magnitude_key(round_to(load(tensors[i], offsets, mask, COMPUTE) - base, COMPUTE), COMPUTE)
-        counted = mask & (key >= lowest)
-        above = tl.where(counted, key - lowest, 0)
-        bin = above >> shift
-        inside = counted & (bin < BINS)
-        # Deltas that are exactly zero can be most of a tensor: one addition for all of them, not one each.
-        zero = inside & (key == 0)
-        zeros = tl.sum(zero.to(tl.int64), axis=0)
-        beyond = tl.sum((counted & (bin >= BINS)).to(tl.int64), axis=0)
-        mixed = tl.sum((inside & (above != (bin << shift))).to(tl.int64), axis=0)
-        one = tl.full([BLOCK], 1, tl.int64)
-        tl.atomic_add(row + bin, one, mask=inside & (key != 0), sem="relaxed")
-        tl.atomic_add(row, zeros, mask=zeros > 0, sem="relaxed")
-        tl.atomic_add(row + BINS, beyond, mask=beyond > 0, sem="relaxed")
-        tl.atomic_add(row + BINS + 1, mixed, mask=mixed > 0, sem="relaxed")
+        lowest, shift = tl.load(integers + i - 1), tl.load(integers + len(tensors) + i - 2)
+        count_keys(key, mask, lowest, shift, counts + (i - 1) * COLUMNS, COMPUTE)
 
 
 def launch(

@@ -230,6 +230,127 @@ static void line_sum(const std::vector<PyView>& tensors, bool relative, const st
     seme::cuda::line_sum(t, relative, weights, sets, c, o, stream_of(stream));
 }
 
+// Selection by the variance over the task vectors: one threshold for all of them.
+
+static void check_experts(const std::vector<View>& tensors) {
+    if (tensors.size() < 2) throw std::invalid_argument("no task vectors");
+}
+
+static void variance_histogram(const std::vector<PyView>& tensors, int64_t lowest, int shift, int compute,
+                               const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    check_experts(t);
+    if (lowest < 0 || shift < 0 || shift > 47) throw std::invalid_argument("lowest >= 0 and shift 0..47 expected");
+    auto* o = numbers<int64_t>(out, 65538, "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::variance_histogram(t, lowest, shift, c, o, stream_of(stream));
+}
+
+static void variance_ties(const std::vector<PyView>& tensors, int64_t threshold, int compute, int64_t block,
+                          const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    check_experts(t);
+    if (block != seme::cuda::kTile && block != seme::kBlock) throw std::invalid_argument("block is TILE or BLOCK");
+    auto* o = numbers<int64_t>(out, count_blocks(t[0].n, block), "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::variance_ties(t, threshold, c, block, o, stream_of(stream));
+}
+
+static void selected_squares(const std::vector<PyView>& tensors, const std::vector<int64_t>& thresholds,
+                             const std::vector<int64_t>& tie_quotas, const std::optional<PyView>& tie_ends, int compute,
+                             const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    check_experts(t);
+    const int64_t blocks = seme::blocks(t[0].n);
+    auto s = kept_of({thresholds, tie_quotas, {}, {}, 0}, tie_ends, 1, blocks);
+    auto* o = numbers<double>(out, blocks * int64_t(t.size() - 1), "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::selected_squares(t, s, c, o, stream_of(stream));
+}
+
+static void sce(const std::vector<PyView>& tensors, const std::vector<double>& coefficients,
+                const std::vector<int64_t>& thresholds, const std::vector<int64_t>& tie_quotas,
+                const std::optional<PyView>& tie_ends, int compute, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    View o = view_of(out);
+    check_experts(t);
+    check_count(o.n, t[0].n, "elements of out");
+    check_count(int64_t(coefficients.size()), int64_t(t.size()) - 1, "coefficients");
+    auto s = kept_of({thresholds, tie_quotas, {}, {}, 0}, tie_ends, 1, count_blocks(o.n, seme::cuda::kTile));
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::sce(t, coefficients, s, c, o, stream_of(stream));
+}
+
+static void ram(const std::vector<PyView>& tensors, const std::vector<double>& scales, double epsilon, bool rounded,
+                int compute, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    View o = view_of(out);
+    check_experts(t);
+    check_count(o.n, t[0].n, "elements of out");
+    check_count(int64_t(scales.size()), int64_t(t.size()) - 1, "scales");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::ram(t, scales, epsilon, rounded, c, o, stream_of(stream));
+}
+
+static void overlap_counts(const std::vector<PyView>& tensors, double epsilon, int compute, const PyView& out,
+                           const PyStream& stream) {
+    auto t = views_of(tensors);
+    check_experts(t);
+    auto* o = numbers<int64_t>(out, int64_t(t.size() - 1) * 2, "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::overlap_counts(t, epsilon, c, o, stream_of(stream));
+}
+
+// The rows of a base and one other tensor.
+static int64_t rows_of(const std::vector<View>& tensors, int64_t row) {
+    if (tensors.size() != 2) throw std::invalid_argument("a base and one tensor expected");
+    if (row < 1 || tensors[0].n % row != 0) throw std::invalid_argument("no whole rows");
+    return tensors[0].n / row;
+}
+
+static void row_divergence(const std::vector<PyView>& tensors, int64_t row, bool rounded, int compute,
+                           const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    auto* o = numbers<double>(out, rows_of(t, row), "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::row_divergence(t, row, rounded, c, o, stream_of(stream));
+}
+
+static void importance_histogram(const std::vector<PyView>& tensors, const PyView& factors, int64_t row,
+                                 const std::vector<int64_t>& lowest, const std::vector<int>& shift, int compute,
+                                 const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    auto* f = numbers<const double>(factors, rows_of(t, row), "factors");
+    const int64_t windows = int64_t(lowest.size());
+    check_count(int64_t(shift.size()), windows, "shift");
+    if (windows > seme::cuda::kMaxTensors) throw std::invalid_argument("too many windows");
+    for (int64_t i = 0; i < windows; ++i)
+        if (lowest[i] < 0 || shift[i] < 0 || shift[i] > 47)
+            throw std::invalid_argument("lowest >= 0 and shift 0..47 expected");
+    auto* o = numbers<int64_t>(out, windows * 65538, "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::importance_histogram(t, f, row, lowest, shift, c, o, stream_of(stream));
+}
+
+static void importance_fusion(const std::vector<PyView>& tensors, const PyView& factors, int64_t row, double threshold,
+                              int compute, const PyView& out, const PyStream& stream) {
+    auto t = views_of(tensors);
+    View o = view_of(out);
+    auto* f = numbers<const double>(factors, rows_of(t, row), "factors");
+    check_count(o.n, t[0].n, "elements of out");
+    DType c = dtype_of(compute);
+    py::gil_scoped_release release;
+    seme::cuda::importance_fusion(t, f, row, threshold, c, o, stream_of(stream));
+}
+
 // The rows, columns and labels of a matrix op.
 static seme::cuda::Shape shape_of(const std::tuple<int64_t, int64_t, int64_t>& sizes) {
     auto [rows, columns, labels] = sizes;
@@ -361,6 +482,15 @@ PYBIND11_MODULE(_C_cuda, m) {
     m.def("line_products", &line_products);
     m.def("line_sum", &line_sum);
     m.def("nearswap", &nearswap);
+    m.def("variance_histogram", &variance_histogram);
+    m.def("variance_ties", &variance_ties);
+    m.def("selected_squares", &selected_squares);
+    m.def("sce", &sce);
+    m.def("ram", &ram);
+    m.def("overlap_counts", &overlap_counts);
+    m.def("row_divergence", &row_divergence);
+    m.def("importance_histogram", &importance_histogram);
+    m.def("importance_fusion", &importance_fusion);
     m.def("nonfinite", &nonfinite);
     m.def("squared_norms", &squared_norms);
     m.def("elect_select", &elect_select);

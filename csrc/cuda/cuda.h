@@ -62,6 +62,42 @@ void ties(const std::vector<View>& tensors, const std::vector<double>& weights, 
 // out: [blocks of kBlock, n, 2].
 void trimmed_l1(const std::vector<View>& tensors, const Kept& kept, DType compute, double* out, Stream stream);
 
+// Selection by the variance over the task vectors: one threshold and quota in `kept`, and tie_ends of one row.
+
+// Adds to counts: [65538].
+void variance_histogram(const std::vector<View>& tensors, int64_t lowest, int shift, DType compute, int64_t* counts,
+                        Stream stream);
+
+// counts: [blocks of `block` elements]: the variances of each block whose key equals the threshold.
+void variance_ties(const std::vector<View>& tensors, int64_t threshold, DType compute, int64_t block, int64_t* counts,
+                   Stream stream);
+
+// out: [blocks of kBlock, n].
+void selected_squares(const std::vector<View>& tensors, const Kept& kept, DType compute, double* out, Stream stream);
+
+void sce(const std::vector<View>& tensors, const std::vector<double>& coefficients, const Kept& kept, DType compute,
+         View out, Stream stream);
+
+void ram(const std::vector<View>& tensors, const std::vector<double>& scales, double epsilon, bool rounded,
+         DType compute, View out, Stream stream);
+
+// Adds to counts: [n, 2].
+void overlap_counts(const std::vector<View>& tensors, double epsilon, DType compute, int64_t* counts, Stream stream);
+
+// Of a base and one other tensor, in rows of `row` elements.
+
+// out: [rows].
+void row_divergence(const std::vector<View>& tensors, int64_t row, bool rounded, DType compute, double* out,
+                    Stream stream);
+
+// factors: [rows]. Adds to counts: [windows, 65538].
+void importance_histogram(const std::vector<View>& tensors, const double* factors, int64_t row,
+                          const std::vector<int64_t>& lowest, const std::vector<int>& shift, DType compute,
+                          int64_t* counts, Stream stream);
+
+void importance_fusion(const std::vector<View>& tensors, const double* factors, int64_t row, double threshold,
+                       DType compute, View out, Stream stream);
+
 // Matrix ops. Row-major matrices: models and vectors [rows, columns], bases and dual frame [labels, columns].
 struct Shape {
     int64_t rows, columns, labels;

@@ -119,4 +119,21 @@ __device__ void keep(const Cuts<C>& cuts, int i, int64_t at, typename C::T (&x)[
     }
 }
 
+// Ties of this row of 64 elements in the team's threads before this one, and in the whole row, given those of this
+// thread. Called by the whole warp.
+__device__ __forceinline__ int row_ties_before(int mine, int* whole) {
+    const int lane = threadIdx.x % kWarp, thread = lane % kTeam;
+    int sum = mine;
+#pragma unroll
+    for (int d = 1; d < kTeam; d *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, sum, d);
+        if (thread >= d) sum += other;
+    }
+    *whole = __shfl_sync(kAllLanes, sum, lane - thread + kTeam - 1);
+    return sum - mine;
+}
+
+// Whether a selection of one threshold leaves nothing out.
+inline bool selects_everything(const Kept& s) { return s.thresholds[0] == 0 && s.quotas[0] > 0; }
+
 }  // namespace seme::cuda

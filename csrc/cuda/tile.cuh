@@ -159,8 +159,16 @@ struct Share {
     int64_t at;
     int count;
     __device__ explicit Share(int64_t n) : at((int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector) {
-        count = at >= n ? 0 : n - at < kVector ? int(n - at) : kVector;
+        set_count(n);
     }
+    // The next share of a thread where the grid is smaller than the tensor.
+    __device__ void next(int64_t n) {
+        at += int64_t(gridDim.x) * kThreads * kVector;
+        set_count(n);
+    }
+
+  private:
+    __device__ void set_count(int64_t n) { count = at >= n ? 0 : n - at < kVector ? int(n - at) : kVector; }
 };
 
 // The sum of `mine` over the threads of the block before this one. Every thread of the block has to call it.

@@ -4,20 +4,6 @@
 namespace seme::cuda {
 namespace {
 
-// Ties of this row of 64 elements in the team's threads before this one, and in the whole row, given those of this
-// thread. Called by the whole warp.
-__device__ __forceinline__ int row_ties_before(int mine, int* whole) {
-    const int lane = threadIdx.x % kWarp, thread = lane % kTeam;
-    int sum = mine;
-#pragma unroll
-    for (int d = 1; d < kTeam; d *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, sum, d);
-        if (thread >= d) sum += other;
-    }
-    *whole = __shfl_sync(kAllLanes, sum, lane - thread + kTeam - 1);
-    return sum - mine;
-}
-
 // One team per block of kBlock elements.
 template <class C>
 __global__ void __launch_bounds__(kThreads)

@@ -154,6 +154,106 @@ def trimmed_l1(tensors: Sequence[torch.Tensor], out: torch.Tensor, *, compute_dt
     )
 
 
+def variance_histogram(
+    tensors: Sequence[torch.Tensor], out: torch.Tensor, *, lowest: int, shift: int, compute_dtype: DType
+) -> None:
+    """Adds to ``out``, int64 [1, 65538] seen as one axis; ``csrc/cuda/variance_histogram.cu``."""
+    _call("variance_histogram", tensors, out, lowest, shift, compute_dtype.native)
+
+
+def variance_ties(
+    tensors: Sequence[torch.Tensor], out: torch.Tensor, *, thresholds: Sequence[int], compute_dtype: DType
+) -> None:
+    """Adds to ``out``, int64 [1]; ``csrc/cuda/variance_ties.cu``."""
+    out += _variance_block_ties(tensors, thresholds[0], compute_dtype, native.BLOCK).sum()
+
+
+def selected_squares(
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    thresholds: Sequence[int],
+    tie_quotas: Sequence[int],
+    compute_dtype: DType,
+) -> None:
+    """Writes ``out``, float64 [blocks, n] seen as one axis; ``csrc/cuda/selected_squares.cu``."""
+    ends = _variance_tie_ends(tensors, thresholds[0], tie_quotas[0], compute_dtype, native.BLOCK)
+    selection = (thresholds, tie_quotas, None if ends is None else _raw(ends))
+    _call("selected_squares", tensors, out, *selection, compute_dtype.native)
+
+
+def sce(
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    coefficients: Sequence[float],
+    thresholds: Sequence[int],
+    tie_quotas: Sequence[int],
+    compute_dtype: DType,
+) -> None:
+    """Writes ``out``; ``csrc/cuda/sce.cu``."""
+    tile = native.module("_C_cuda").TILE
+    ends = _variance_tie_ends(tensors, thresholds[0], tie_quotas[0], compute_dtype, tile)
+    selection = (thresholds, tie_quotas, None if ends is None else _raw(ends))
+    _call("sce", tensors, out, coefficients, *selection, compute_dtype.native)
+
+
+def ram(
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    scales: Sequence[float],
+    epsilon: float,
+    rounded: bool,
+    compute_dtype: DType,
+) -> None:
+    """Writes ``out``; ``csrc/cuda/ram.cu``."""
+    _call("ram", tensors, out, scales, epsilon, rounded, compute_dtype.native)
+
+
+def overlap_counts(tensors: Sequence[torch.Tensor], out: torch.Tensor, *, epsilon: float, compute_dtype: DType) -> None:
+    """Adds to ``out``, int64 [n, 2] seen as one axis; ``csrc/cuda/ram.cu``."""
+    _call("overlap_counts", tensors, out, epsilon, compute_dtype.native)
+
+
+def row_divergence(
+    tensors: Sequence[torch.Tensor], out: torch.Tensor, *, row: int, rounded: bool, compute_dtype: DType
+) -> None:
+    """Writes ``out``, float64 [rows]; ``csrc/cuda/row_divergence.cu``."""
+    _call("row_divergence", tensors, out, row, rounded, compute_dtype.native)
+
+
+def importance_histogram(
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    row: int,
+    factors: Sequence[float],
+    lowest: Sequence[int],
+    shift: Sequence[int],
+    offset: int,
+    compute_dtype: DType,
+) -> None:
+    """Adds to ``out``, int64 [windows, 65538] seen as one axis; ``csrc/cuda/importance.cu``."""
+    own = _factors(factors, row, offset, tensors[0])
+    _call("importance_histogram", tensors, out, _raw(own), row, lowest, shift, compute_dtype.native)
+
+
+def importance_fusion(
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    row: int,
+    factors: Sequence[float],
+    threshold: float,
+    offset: int,
+    compute_dtype: DType,
+) -> None:
+    """Writes ``out``; ``csrc/cuda/importance.cu``."""
+    own = _factors(factors, row, offset, tensors[0])
+    _call("importance_fusion", tensors, out, _raw(own), row, threshold, compute_dtype.native)
+
+
 def nonfinite(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     """Adds to ``out``, int64 [n]; ``csrc/cuda/nonfinite.cu``."""
     _call("nonfinite", tensors, out)
@@ -315,3 +415,31 @@ def _selection(
     if any(0 < quota < UNLIMITED for quota in selection["tie_quotas"]):
         ends = _block_ties(tensors, selection["thresholds"], compute_dtype, block).cumsum(1)
     return native_selection(selection), ends
+
+
+def _variance_block_ties(
+    tensors: Sequence[torch.Tensor], threshold: int, compute_dtype: DType, block: int
+) -> torch.Tensor:
+    """int64 [blocks]: how many variances of each block of ``block`` elements have the threshold for a key."""
+    import torch
+
+    counts = torch.empty(-(-tensors[0].numel() // block), dtype=torch.int64, device=tensors[0].device)
+    _call("variance_ties", tensors, counts, threshold, compute_dtype.native, block)
+    return counts
+
+
+def _variance_tie_ends(
+    tensors: Sequence[torch.Tensor], threshold: int, quota: int, compute_dtype: DType, block: int
+) -> torch.Tensor | None:
+    """The ties up to the end of each block, as int64 [blocks]; None if the quota does not bind."""
+    if not 0 < quota < UNLIMITED:
+        return None
+    return _variance_block_ties(tensors, threshold, compute_dtype, block).cumsum(0)
+
+
+def _factors(factors: Sequence[float], row: int, offset: int, tensor: torch.Tensor) -> torch.Tensor:
+    """The factors of the rows of a tensor that begins at ``offset``, on its device."""
+    import torch
+
+    own = factors[offset // row : (offset + tensor.numel()) // row]
+    return torch.tensor(own, dtype=torch.float64, device=tensor.device)

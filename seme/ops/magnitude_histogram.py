@@ -52,16 +52,25 @@ def reference(
     """Counts in plain torch."""
     import torch
 
-    rows = []
-    for delta, low, s in zip(deltas(tensors, compute_dtype), lowest, shift):
-        keys = magnitude_keys(delta)
-        above = keys[keys >= low] - low
-        bins = above >> s
-        inside = above[bins < BINS]
-        row = torch.bincount(bins.clamp(max=BINS), minlength=BINS + 1)
-        mixed = ((inside & ((1 << s) - 1)) != 0).sum()
-        rows.append(torch.cat([row, mixed.reshape(1)]))
-    return torch.stack(rows)
+    windows = zip(deltas(tensors, compute_dtype), lowest, shift)
+    return torch.stack([count_keys(delta, low, s) for delta, low, s in windows])
+
+
+def count_keys(values: torch.Tensor, lowest: int, shift: int) -> torch.Tensor:
+    """int64 [65538]: the magnitude keys of a tensor in a window, as the columns of this op's result."""
+    return count_in_window(magnitude_keys(values), lowest, shift)
+
+
+def count_in_window(keys: torch.Tensor, lowest: int, shift: int) -> torch.Tensor:
+    """int64 [65538]: the same of int64 keys."""
+    import torch
+
+    above = keys[keys >= lowest] - lowest
+    bins = above >> shift
+    inside = above[bins < BINS]
+    row = torch.bincount(bins.clamp(max=BINS), minlength=BINS + 1)
+    mixed = ((inside & ((1 << shift) - 1)) != 0).sum()
+    return torch.cat([row, mixed.reshape(1)])
 
 
 def run_native(

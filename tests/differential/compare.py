@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from seme.methods import Method
 from seme.plan import TensorPlan
 
+from .selections import by_importance, by_variance, energy_at_stake
+
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
 LEAST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14, torch.float32: -126, torch.float64: -1022}
 
@@ -35,7 +37,7 @@ class Distance:
         differing: elements that differ, ``ties`` aside.
         worst: their largest difference, in ulps of the larger of the two values.
         outside: how many of them are not explained by :func:`allowance`.
-        ties: elements that a trim by magnitude leaves open, see :func:`undecided`.
+        ties: elements that a selection leaves open, see :func:`undecided`.
         differing_ties: how many of those differ.
     """
 
@@ -115,10 +117,15 @@ def cuts(method: str, arguments: Mapping[str, Any], numel: int) -> list[tuple[in
 
 
 def undecided(method: Method, plan: TensorPlan, tensors: list[torch.Tensor]) -> torch.Tensor | None:
-    """The elements of which a cut by magnitude may keep or drop any: those whose magnitude is the k-th largest of a
+    """The elements that the selection of a method leaves open; None for methods that select nothing.
+
+    Of a cut by magnitude those whose magnitude is the k-th largest of a
     task vector where that magnitude occurs more often than k allows. (At magnitude 0 keeping and dropping are one.)
-    None for methods that do not cut.
     """
+    if method.name == "sce" and plan.group.experts:
+        return by_variance(plan, tensors)
+    if method.name == "arcee_fusion":
+        return by_importance(plan, tensors)
     if method.name not in CUT:
         return None
     compute = plan.group.compute_dtype.to_torch()
@@ -158,6 +165,11 @@ def allowance(
       and rounds unit vectors, angles and every product to it (torch holds sums in float32, and rounds them once). So
       the few eps are those of the compute dtype, and with 16 bits there is no random walk.
 
+    - ``ram``, ``ramplus_tl``, ``arcee_fusion``: none.
+    - ``sce``: a coefficient is a quotient of mean squares, which mergekit sums up in the working dtype: a few eps, in
+      bfloat16 and float16 one rounding of it. It moves the mean of the task vectors by no more than that, relative to
+      them; so does what the selection leaves open.
+
     The ends of the interval are rounded as results are. So where the arithmetic is float32 and the results bfloat16,
     only those few elements may differ between whose two values a rounding boundary lies, and by one ulp.
     """
@@ -177,6 +189,11 @@ def allowance(
     elif method.name in CUT and arguments["rescale"] and compute == work and min(arguments["density"]) < 1:
         size = _rescaled_size(method, plan, held)
         roundings = 8.0
+    elif method.name == "sce" and plan.group.experts:
+        base = held[plan.group.base]  # type: ignore[index]
+        size = torch.stack([(held[i] - base).abs() for i in plan.group.experts]).sum(0)
+        roundings = 16.0 if compute == work else 2 * torch.finfo(compute).eps / torch.finfo(work).eps
+        roundings += 2 * energy_at_stake(plan, tensors) / torch.finfo(work).eps
     else:
         return None
     of_compute = torch.finfo(compute if method.name in SPHERES else work)

@@ -306,6 +306,87 @@ parameters: {density: 0.5}
 """,
 }
 
+SCE = {
+    "selection": """
+merge_method: sce
+models: [{model: $a}, {model: $b}, {model: $c}]
+base_model: $base
+parameters: {select_topk: 0.35}
+""",
+    "defaults": """
+merge_method: sce
+models: [{model: $a}, {model: $base}, {model: $c}]
+base_model: $base
+""",
+    "filters": """
+merge_method: sce
+models: [{model: $b}, {model: $c}]
+base_model: $base
+parameters:
+  int8_mask: true
+  select_topk:
+    - {filter: $mlp, value: [0.1, 0.8]}
+    - {filter: $attention, value: 0}
+    - {filter: norm, value: 1}
+    - {value: "5e-1"}
+""",
+    "one-model": """
+merge_method: sce
+models: [{model: $c}]
+base_model: $base
+parameters: {select_topk: [0.5, 1]}
+""",
+}
+
+RAM = {
+    "defaults": """
+merge_method: ram
+models: [{model: $a}, {model: $b}, {model: $c}]
+base_model: $base
+""",
+    "filters": """
+merge_method: ram
+models: [{model: $b}, {model: $base}, {model: $c}]
+base_model: $base
+parameters:
+  epsilon:
+    - {filter: $mlp, value: [0.001, 0.02]}
+    - {filter: $attention, value: 0}
+    - {value: 0.004}
+""",
+}
+
+RAMPLUS_TL = {
+    "defaults": """
+merge_method: ramplus_tl
+models: [{model: $a}, {model: $b}, {model: $c}]
+base_model: $base
+parameters: {epsilon: 0.003}
+""",
+    "filters": """
+merge_method: ramplus_tl
+models: [{model: $b}, {model: $c}]
+base_model: $base
+parameters:
+  r: [0.1, 0.9]
+  alpha: [{filter: $mlp, value: 3}, {value: 0.4}]
+  epsilon: [{filter: $attention, value: 0.01}]
+""",
+}
+
+ARCEE_FUSION = {
+    "classic": """
+merge_method: arcee_fusion
+models: [{model: $base}, {model: $c}]
+base_model: $base
+""",
+    "base-not-listed": """
+merge_method: arcee_fusion
+models: [{model: $b}]
+base_model: $base
+""",
+}
+
 BREADCRUMBS = {
     "scalars": """
 merge_method: breadcrumbs
@@ -560,6 +641,10 @@ RECIPES = {
     "slerp": SLERP,
     "task_arithmetic": TASK_ARITHMETIC,
     "ties": TIES,
+    "arcee_fusion": ARCEE_FUSION,
+    "ram": RAM,
+    "ramplus_tl": RAMPLUS_TL,
+    "sce": SCE,
 }
 
 PRECISIONS = {

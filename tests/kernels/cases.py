@@ -16,6 +16,7 @@ from seme.dtypes import DType, bfloat16, float16, float32, float64
 from seme.ops._op import Op, Spec
 from seme.ops._registry import OPS
 from seme.ops._task_vectors import UNLIMITED, deltas, magnitude_keys
+from seme.ops._variance import variance
 
 Tensors = list[torch.Tensor]
 Launch = Callable[..., None]
@@ -33,7 +34,9 @@ DTYPES: dict[str, tuple[tuple[DType, ...], DType]] = {
 }
 INF, NAN = float("inf"), float("nan")
 SPECIAL = (0.0, -0.0, INF, -INF, NAN, 1e-40, -1e-41, 6e-8, 65504.0, 65520.0, 3.3e38, 3.4e38, 5e-324)
-SUMS = ("inner_products", "line_products", "trimmed_l1")
+SUMS = ("inner_products", "line_products", "selected_squares", "trimmed_l1")
+BOUNDS = {"row_divergence": 1e-12}
+"""Ops that are equal to a relative error, because exp and log are each backend's own; see the op."""
 
 
 def make_tensors(name: str, numel: int, stored: tuple[DType, ...], count: int = 4) -> Tensors:
@@ -74,18 +77,31 @@ def common_keys(tensors: Tensors, compute: DType) -> list[tuple[int, int]]:
     return found
 
 
-def row_of(numel: int) -> int:
+def long_row(numel: int) -> int:
     """Elements of a row, such that ``numel`` are whole rows: its largest proper divisor."""
     return next((numel // d for d in (2, 3, 5, 7, 11, 13) if numel and numel % d == 0), max(1, numel))
 
 
 def weight_sets(count: int, numel: int) -> list[dict[str, Any]]:
     """Arguments with weights of their own for rows, and for columns from the middle of a row on."""
-    row = row_of(numel)
+    row = long_row(numel)
     generator = torch.Generator().manual_seed(numel)
     table = torch.randn(count * max(row, numel // row), dtype=torch.float64, generator=generator).tolist()
     by_row = {"weights": table[: count * (numel // row)], "row": row}
     return [by_row, {"weights": table[: count * row], "columns": row, "offset": row // 2}]
+
+
+def common_variance(tensors: Tensors, compute: DType) -> tuple[int, int]:
+    """The most frequent key of the variance that is not zero's, and how many elements have it."""
+    keys, counts = magnitude_keys(variance(deltas(tensors, compute))).unique(return_counts=True)
+    best = counts.where(keys > 0, 0).argmax() if len(keys) else 0
+    return (int(keys[best]), int(counts[best])) if len(keys) else (0, 0)
+
+
+def row_of(numel: int) -> int:
+    """The largest divisor of at most 64, of a prime the number itself."""
+    best = max((d for d in range(1, 65) if numel % d == 0), default=1) if numel else 1
+    return best if best > 1 else max(1, numel)
 
 
 def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, dict[str, Any]]]:
@@ -95,9 +111,9 @@ def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, di
     if name == "weighted_sum":
         return [(tensors, {"weights": [0.2, *weights], "divisor": d}) for d in (1.0, 0.7)]
     if name == "line_products":
-        lines = 2 * row_of(numel)  # so that the last block of columns is shorter if the rows are an odd number
-        columns = {"row": lines, "columns": row_of(numel)}
-        by_row = [(tensors[:3], {"row": row_of(numel)}), (tensors, {"row": row_of(numel), "relative": True})]
+        lines = 2 * long_row(numel)  # so that the last block of columns is shorter if the rows are an odd number
+        columns = {"row": lines, "columns": long_row(numel)}
+        by_row = [(tensors[:3], {"row": long_row(numel)}), (tensors, {"row": long_row(numel), "relative": True})]
         plain = [(tensors[:1], {}), (tensors[:3], {}), (tensors[:2], {"relative": True})]
         return [*plain, *by_row, (tensors[:3], columns), (tensors, {**columns, "relative": True})]
     if name == "line_sum":
@@ -109,6 +125,37 @@ def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, di
         return [(tensors[:1], {}), (tensors[:3], {})]
     if name == "nonfinite":
         return [(tensors, {})]
+    if name in ("sce", "selected_squares", "variance_histogram", "variance_ties"):
+        key, count = common_variance(tensors, compute)
+        bits = {2: 15, 4: 31, 8: 63}[compute.itemsize]
+        if name == "variance_histogram":
+            windows = [(0, max(0, bits - 16)), (max(0, key - 32768), 1), (2**63 - 1, 47)]
+            return [(tensors, {"lowest": lowest, "shift": shift}) for lowest, shift in windows]
+        if name == "variance_ties":
+            return [(tensors, {"thresholds": [k]}) for k in (key, 0, 2**63 - 1)]
+        quotas = [(0, UNLIMITED), (key, max(1, count * 2 // 3) if key else 0), (key, UNLIMITED), (2**63 - 1, 0)]
+        own = {"coefficients": [0.7, 1e-7, 0.3][:n]} if name == "sce" else {}
+        few = [(tensors[:2], {**own, **({"coefficients": [1.0]} if own else {}), "thresholds": [0], "tie_quotas": [0]})]
+        return few + [(tensors, {**own, "thresholds": [k], "tie_quotas": [q]}) for k, q in quotas]
+    if name in ("ram", "overlap_counts"):
+        if name == "overlap_counts":
+            return [(tensors, {"epsilon": e}) for e in (1e-5, 0.3)]
+        scales = {"scales": [1.1, 1.0, 0.7][:n], "epsilon": 0.3, "rounded": False}
+        return [(tensors[:2], {"scales": [1.0], "epsilon": 0.0})] + [
+            (tensors, s) for s in (scales, {"scales": [1.0] * n, "epsilon": 1e-5})
+        ]
+    if name in ("row_divergence", "importance_histogram", "importance_fusion"):
+        pair, row = tensors[:2], row_of(numel)
+        if name == "row_divergence":
+            return [(pair, {"row": row}), (pair, {"row": row, "rounded": compute.itemsize == 2})]
+        below = 0.5 if compute.itemsize == 2 else 0.0  # factors may be negative where keys have a sign
+        rows = {"row": row, "factors": [i * 37 % 101 / 64 - below for i in range(numel // row)]}
+        if name == "importance_fusion":
+            return [(pair, {**rows, "threshold": t}) for t in (0.0, 0.125)]
+        whole = {2: 0, 4: 15, 8: 47}[compute.itemsize]
+        middle = {2: 0x8000 + 0x3D00, 4: 0x3D000000, 8: 0x3FA0000000000000}[compute.itemsize]
+        windows = {"lowest": [middle, 0, 2**63 - 1], "shift": [1, 3, 47]}
+        return [(pair, {**rows, "lowest": [0], "shift": [whole]}), (pair, {**rows, **windows})]
     common = common_keys(tensors, compute)
     keys = [key for key, _ in common]
     if name == "magnitude_histogram":
@@ -154,7 +201,10 @@ def compare(launch: Launch, name: str, tensors: Tensors, arguments: dict[str, An
     out = output(op, result)
     flat = [t.contiguous().view(-1) for t in tensors]
     launch(flat, out[GUARD:-GUARD], **params)
-    check_bits(out, guarded(op, expected))
+    if name in BOUNDS:
+        check_close(out, guarded(op, expected), BOUNDS[name])
+    else:
+        check_bits(out, guarded(op, expected))
 
 
 GUARD = 24
@@ -175,6 +225,12 @@ def guarded(op: Op, expected: torch.Tensor) -> torch.Tensor:
         expected.reshape(-1) + (STARTS_AT if op.accumulates else 0) if op.accumulates else expected.reshape(-1)
     )
     return out
+
+
+def check_close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+    """Equal up to `bound`, relative to values of 1 and more, absolute below; any NaN for a NaN."""
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=bound, atol=bound * 1e-3, equal_nan=True)
 
 
 def check_bits(found: torch.Tensor, expected: torch.Tensor) -> None:

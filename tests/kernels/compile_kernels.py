@@ -17,20 +17,29 @@ from seme.kernels import (
     delta_project,
     elect,
     elect_select,
+    importance_fusion,
+    importance_histogram,
     inner_products,
     line_products,
     line_sum,
     magnitude_histogram,
     nearswap,
     nonfinite,
+    overlap_counts,
     project_erase,
+    ram,
     resolve,
+    row_divergence,
+    sce,
+    selected_squares,
     semantic_energy,
     tables,
     task_vector_sum,
     tie_counts,
     ties,
     trimmed_l1,
+    variance_histogram,
+    variance_ties,
     weighted_gram,
     weighted_sum,
 )
@@ -48,10 +57,12 @@ VARIANTS = (
     ("float32", ("*fp32", "*fp32"), 1),
     ("float64", ("*fp64", "*fp32"), "i32"),
 )
-TABLES = dict.fromkeys(("reals", "weights"), "*fp64") | dict.fromkeys(
+TABLES = dict.fromkeys(("factors", "reals", "weights"), "*fp64") | dict.fromkeys(
     ("cuts", "draws", "integers", "tie_ends", "thresholds", "counts", "total"), "*i64"
 )
-INTEGERS = ("n", "offset", "i", "j", "count", "blocks", "length", "columns", "size", "first")
+INTEGERS = ("n", "offset", "i", "j", "count", "blocks", "length", "columns", "size", "first", "row")
+# Others reduce, to float64.
+WRITES = ("importance_fusion", "line_sum", "nearswap", "ram", "sce", "task_vector_sum", "ties", "weighted_sum")
 
 
 def kernels(capability):
@@ -84,13 +95,22 @@ def kernels(capability):
         selected = {"CUTS": 1 + ranked, "RANKED": ranked, "DRAWN": ranked, "ALIGNED": False}
         yield entry("ties", ties.ties_kernel, NORMALIZE=not ranked, **selected)
         yield entry("trimmed_l1", trimmed_l1.trimmed_l1_kernel, **selected)
+        yield entry("sce", sce.sce_kernel, RANKED=ranked)
+        yield entry("selected_squares", selected_squares.selected_squares_kernel, RANKED=ranked, I=0)
+        yield entry("ram", ram.ram_kernel, ROUNDED=ranked)
+    yield entry("variance_histogram", variance_histogram.variance_histogram_kernel)
+    yield entry("variance_ties", variance_ties.variance_ties_kernel)
+    yield entry("overlap_counts", overlap_counts.overlap_counts_kernel)
+    yield entry("row_divergence", row_divergence.row_divergence_kernel, ROUNDED=True)
+    yield entry("importance_histogram", importance_histogram.importance_histogram_kernel, WINDOWS=3)
+    yield entry("importance_fusion", importance_fusion.importance_fusion_kernel)
     yield entry("nonfinite", nonfinite.nonfinite_kernel, EXPONENT=0x7C00)
 
 
 def compile_kernel(kernel, compute, tensors, integer, constants, launched, capability):
     """One kernel, from the types of its arguments by name."""
     types = {"tensors": tensors, "base": tensors[0], "x": tensors[-1], "y": tensors[0], **TABLES}
-    types["out"] = tensors[-1] if "tensors" in kernel.arg_names else "*fp64"
+    types["out"] = tensors[-1] if kernel.__name__.removesuffix("_kernel") in WRITES else "*fp64"
     constants = {**constants, "COMPUTE": compute}
     if integer == 1:
         constants |= dict.fromkeys(INTEGERS, 1)

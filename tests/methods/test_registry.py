@@ -9,6 +9,7 @@ from seme.methods import _registry as registry
 
 def test_methods_of_this_version():
     assert list(methods()) == [
+        "arcee_fusion",
         "breadcrumbs",
         "breadcrumbs_ties",
         "dare_linear",
@@ -21,6 +22,9 @@ def test_methods_of_this_version():
         "nearswap",
         "nuslerp",
         "passthrough",
+        "ram",
+        "ramplus_tl",
+        "sce",
         "seme",
         "slerp",
         "task_arithmetic",

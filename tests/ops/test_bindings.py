@@ -46,6 +46,15 @@ CALLS = {
     "tie_counts": (([0], F32), integers(1), []),
     "ties": (([1.0], [1.0], ALL, True, 1.0, F32), view(OUT), [0, 1]),
     "trimmed_l1": ((ALL, F32), doubles(2), []),
+    "variance_histogram": ((0, 0, F32), integers(65538), []),
+    "variance_ties": ((0, F32), integers(1), []),
+    "selected_squares": ((0, 2**62, F32), doubles(1), []),
+    "sce": (([1.0], 0, 2**62, F32), view(OUT), [0]),
+    "ram": (([1.0], 1e-5, True, F32), view(OUT), [0]),
+    "overlap_counts": ((1e-5, F32), integers(2), []),
+    "row_divergence": ((25, False, F32), doubles(4), []),
+    "importance_histogram": ((doubles(4), 25, [0], [0], F32), integers(65538), []),
+    "importance_fusion": ((doubles(4), 25, 0.5, F32), view(OUT), []),
 }
 
 
@@ -126,6 +135,19 @@ def test_windows():
     ):
         with pytest.raises(ValueError, match=message):
             op(TWO, lowest, shift, F32, integers(65538), 1)
+
+
+def test_rows():
+    module = native.module()
+    with pytest.raises(ValueError, match="no whole rows"):
+        module.row_divergence(TWO, 30, False, F32, doubles(3), 1)
+    with pytest.raises(ValueError, match="a base and one tensor expected"):
+        module.row_divergence([*TWO, TWO[0]], 25, False, F32, doubles(4), 1)
+    for factors in (doubles(3), view(X, 4)):
+        with pytest.raises(ValueError, match=r"out has 3 elements, expected 4|wrong dtype"):
+            module.importance_fusion(TWO, factors, 25, 0.5, F32, view(OUT), 1)
+    with pytest.raises(ValueError, match="one shift per window"):
+        module.importance_histogram(TWO, doubles(4), 25, [0], [0, 0], F32, integers(65538), 1)
 
 
 def test_nonfinite():

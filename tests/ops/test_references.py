@@ -7,16 +7,25 @@ import torch
 
 from seme.native import BLOCK
 from seme.ops import (
+    importance_fusion,
+    importance_histogram,
     inner_products,
     line_products,
     line_sum,
     magnitude_histogram,
     nearswap,
     nonfinite,
+    overlap_counts,
+    ram,
+    row_divergence,
+    sce,
+    selected_squares,
     task_vector_sum,
     tie_counts,
     ties,
     trimmed_l1,
+    variance_histogram,
+    variance_ties,
     weighted_sum,
 )
 from seme.ops.magnitude_histogram import find
@@ -207,3 +216,117 @@ def test_trimmed_l1(backend):
 def test_nonfinite(backend):
     x = torch.tensor([1.0, float("inf"), float("nan"), -float("inf"), 0.0])
     assert nonfinite([x, torch.zeros(5), x.to(torch.bfloat16)], backend=backend).tolist() == [3, 0, 3]
+
+
+def on_a_grid(count, numel=500):
+    """Multiples of 1/64, so that sums are exact and equal variances frequent."""
+    return [(normal(numel, seed=i) * 16).round() / 64 for i in range(count)]
+
+
+def by_variance(base, tensors, k):
+    """The k positions of largest variance over the task vectors, the first of equal ones; and the k-th variance."""
+    columns = [[t[e] - base[e] for t in tensors] for e in range(len(base))]
+    means = [math.fsum(c) / len(c) for c in columns]
+    variances = [math.fsum((d - m) ** 2 for d in c) / len(c) for c, m in zip(columns, means)]
+    order = sorted(range(len(base)), key=lambda e: -variances[e])  # stable
+    return set(order[:k]), variances[order[k - 1]], variances
+
+
+def test_selection_by_variance(backend):
+    """Two task vectors, whose variance (a - b)^2 / 4 is exact, so that ties are."""
+    base, *tensors = on_a_grid(3)
+    lists = [t.tolist() for t in tensors]
+    chosen, threshold, variances = by_variance(base.tolist(), lists, 100)
+    key = torch.tensor(threshold).view(torch.int32).item()
+    above, equal = (sum(v > threshold for v in variances), sum(v == threshold for v in variances))
+    assert 0 < 100 - above < equal, "the test needs ties at the threshold"
+    assert variance_ties(base, tensors, [key], backend=backend).tolist() == [equal]
+    counts = variance_histogram(base, tensors, lowest=key, shift=0, backend=backend)[0]
+    assert counts[0] == equal
+    assert counts.sum() == above + equal
+    squares = selected_squares(base, tensors, [key], [100 - above], backend=backend)
+    for i, tensor in enumerate(tensors):
+        want = math.fsum((tensor[e].item() - base[e].item()) ** 2 for e in chosen)
+        assert squares[0, i].item() == want  # exact: few bits
+    got = sce(base, tensors, [1.0, 1.0], thresholds=[key], tie_quotas=[100 - above], backend=backend)
+    untouched = [e for e in range(500) if e not in chosen]
+    assert torch.equal(got[untouched], base[untouched])
+    # Where they agree in sign the mean, where not the larger one.
+    for e in chosen:
+        a, b = (t[e].item() - base[e].item() for t in tensors)
+        move = (a + b) / 2 if a * b > 0 else a if a * (a + b) > 0 or (a + b == 0 and a > 0) else b
+        assert abs(got[e].item() - (base[e].item() + move)) < FLOAT32
+
+
+def test_sce_takes_coefficients(backend):
+    base, *tensors = on_a_grid(4)
+    coefficients = [0.5, 0.125, 0.375]
+    got = sce(base, tensors, coefficients, thresholds=[0], tie_quotas=[HUGE], backend=backend)
+    for e in range(500):
+        moves = [t[e].item() - base[e].item() for t in tensors]
+        sign = 1 if sum(moves) >= 0 else -1
+        agree = [i for i, d in enumerate(moves) if d * sign > 0]
+        share = sum(coefficients[i] for i in agree)
+        want = base[e].item() + (sum(coefficients[i] * moves[i] for i in agree) / share if agree else 0)
+        assert abs(got[e].item() - want) < FLOAT32
+    # Alone with a coefficient that is next to nothing: divided by 1e-6, not by 1e-7.
+    got = sce(torch.zeros(1), [torch.ones(1)], [1e-7], thresholds=[0], tie_quotas=[HUGE], backend=backend)
+    assert got.item() == pytest.approx(0.1)
+
+
+def test_ram(backend):
+    base, *tensors = on_a_grid(4)
+    tensors = [torch.where(normal(500, seed=9 + i) < 0, base, t) for i, t in enumerate(tensors)]
+    scales = [1.5, 1.0, 0.75]
+    got = ram(base, tensors, scales, epsilon=0.0625, backend=backend)
+    counts = [[0, 0] for _ in tensors]
+    for e in range(500):
+        moves = {i: t[e].item() - base[e].item() for i, t in enumerate(tensors)}
+        moves = {i: d for i, d in moves.items() if abs(d) > 0.0625}
+        for i in moves:
+            counts[i][len(moves) == 1] += 1
+        alone = len(moves) == 1
+        want = sum(scales[i] * d if alone else d / len(moves) for i, d in moves.items())
+        assert abs(got[e].item() - (base[e].item() + want)) < FLOAT32
+    assert overlap_counts(base, tensors, epsilon=0.0625, backend=backend).tolist() == counts
+    assert all(n > 0 for pair in counts for n in pair)
+
+
+def test_row_divergence(backend):
+    """A light fine-tune, whose divergence is far below what float32 could sum up."""
+    base = normal(7, 33).double()
+    tuned = base + 1e-5 * normal(7, 33, seed=1).double()
+    got = row_divergence(base, tuned, row=33, backend=backend)
+    for r in range(7):
+        weights = [[math.exp(v) for v in t[r].tolist()] for t in (tuned, base)]
+        p, q = ([v / math.fsum(row) + 1e-8 for v in row] for row in weights)
+        want = math.fsum(a * math.log(a / b) for a, b in zip(p, q))
+        # 1e-16 for each logarithm, of which the divergence, 5e-11, is what is left.
+        assert got[r].item() == pytest.approx(want, abs=33 * 2e-16)
+    assert row_divergence(base, base, row=33, backend=backend).tolist() == [0.0] * 7
+
+
+def test_importance(backend):
+    base, tuned = normal(7, 33), normal(7, 33, seed=1)
+    factors = [0.5, 0.0, 2.0, 1.0, 0.25, 4.0, 1.0]
+    score = (tuned - base).abs() * torch.tensor(factors)[:, None]
+    threshold = score.flatten().sort().values[150].item()
+    got = importance_fusion(base, tuned, factors, row=33, threshold=threshold, backend=backend)
+    assert torch.equal(got, torch.where(score >= threshold, base + (tuned - base), base))
+    key = torch.tensor(threshold).view(torch.int32).item()
+    counts = importance_histogram(base, tuned, factors, row=33, lowest=[key, 0], shift=[15, 15], backend=backend)
+    assert counts.sum(1)[0] - counts[0, 65537] == (score >= threshold).sum()
+    assert counts[1, :65536].sum() == 7 * 33
+    assert counts[1, 0] == (score == 0).sum() >= 33
+
+
+def test_keys_of_importances_keep_their_order_in_bfloat16(backend):
+    """Factors may be negative there: the smallest importances are those of large changes in such rows."""
+    base, tuned = normal(6, 40).to(torch.bfloat16), normal(6, 40, seed=1).to(torch.bfloat16)
+    factors = [-1.0, 0.5, -0.25, 2.0, 0.0, 1.0]
+    score = ((tuned - base).abs() * torch.tensor(factors, dtype=torch.bfloat16)[:, None]).flatten()
+    counts = importance_histogram(
+        base, tuned, factors, row=40, lowest=[0], shift=[0], compute_dtype=torch.bfloat16, backend=backend
+    )[0]
+    _, multiplicity = (score + 0.0).unique(return_counts=True)  # ascending; -0 is 0
+    assert counts[:65536][counts[:65536] > 0].tolist() == multiplicity.tolist()
