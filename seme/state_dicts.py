@@ -36,6 +36,7 @@ def merge_state_dicts(
     backend: str = "auto",
     threads: int = 0,
     config: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     seed: int = 0,
     compat: str | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -55,6 +56,8 @@ def merge_state_dicts(
         threads: CPU threads; 0 takes ``torch.get_num_threads()``.
         config: contents of ``config.json``, which tells matrix methods what each tensor is to the residual stream;
             default: that of the first module that has one, else names and shapes decide.
+        shapes: shapes of all tensors of a model, where the models given here are parts of it: matrix methods learn from
+            them as well what a tensor is.
         seed: of methods that draw random numbers.
         compat: ``"mergekit"``: mergekit's values where seme's differ by default.
 
@@ -109,7 +112,7 @@ def merge_state_dicts(
         raise ConfigError("parameters.rule: sequence runs the models; merge their folders with seme.merge")
     matrix: dict[str, tuple[TensorRole, Context]] = {}
     if found.matrix:
-        matrix = _latent_space(values, first, states[index or 0], config, backend, threads)
+        matrix = _latent_space(values, first, states[index or 0], config, shapes, backend, threads)
     return {
         name: _merge_one(
             found,
@@ -134,6 +137,7 @@ def _latent_space(
     first: StateDict,
     base: StateDict,
     config: Mapping[str, Any] | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
     backend: str,
     threads: int,
 ) -> dict[str, tuple[TensorRole, Context]]:
@@ -141,19 +145,25 @@ def _latent_space(
     if config is None:
         module: Any = next((m for m in models if hasattr(m, "config")), None)
         config = module.config.to_dict() if module is not None else {}
-    shapes = {name: tuple(t.shape) for name, t in first.items()}
+    every = {**(shapes or {}), **{name: tuple(t.shape) for name, t in first.items()}}
 
     @functools.cache
     def bases() -> SemanticBases:
         from seme.roles import latent
         from seme.semantics.bases import SemanticBases
 
-        space = latent(config or {}, shapes)
+        space = latent(config or {}, every)
+        for name in filter(None, (space.head, space.final_norm)):
+            if name not in base:
+                raise ConfigError(
+                    f"models: {name} is needed for semantic bases and is not among the tensors; merge whole models, or "
+                    "use sigma: 0, rule: project"
+                )
         gain = base[space.final_norm].double() + space.norm_offset if space.final_norm else None
         return SemanticBases.from_head(base[space.head], gain)
 
     context = Context(backend, str(next(iter(first.values())).device) if first else "cpu", threads, bases=bases)
-    return {name: (role, context) for name, role in roles(config, shapes).items()}
+    return {name: (role, context) for name, role in roles(config, every).items()}
 
 
 def _arguments(method: Method, parameters: Mapping[str, Any], ids: list[Hashable], base: int | None) -> dict[str, Any]:
