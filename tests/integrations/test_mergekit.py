@@ -85,7 +85,8 @@ def test_values_are_mergekits(name, dtype):
     inputs = states(count_of(name), dtype)
     original = merge_methods.get(name)
     base = None if original.spec.contract.base is merge_methods.BasePolicy.IGNORED else 0
-    given = PARAMETERS.get(name) or {"weight": 0.4 for p in original.spec.parameters if p.name == "weight"}
+    required = [p.name for p in original.spec.parameters if p.required]
+    given = PARAMETERS.get(name) or dict.fromkeys(required, 0.4)
     theirs = merge_methods.merge_state_dicts(inputs, name, base=base, parameters=given)
     integration.install()
     try:
