@@ -50,6 +50,79 @@ def _decoder(config: Mapping[str, Any], *, biases: bool, head: bool) -> Shapes:
     return shapes
 
 
+def _gemma2(config: Mapping[str, Any]) -> Shapes:
+    """A tied decoder with norms before and after each block."""
+    shapes = _decoder(config, biases=False, head=False)
+    for i in range(config["num_hidden_layers"]):
+        for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
+            shapes[f"model.layers.{i}.{name}.weight"] = (config["hidden_size"],)
+    return shapes
+
+
+def _phi3(config: Mapping[str, Any]) -> Shapes:
+    """Queries, keys and values in one matrix, gate and up in another."""
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    narrow = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        shapes[f"{layer}self_attn.qkv_proj.weight"] = (hidden + 2 * narrow, hidden)
+        shapes[f"{layer}self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[f"{layer}mlp.gate_up_proj.weight"] = (2 * inner, hidden)
+        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{layer}input_layernorm.weight"] = shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def _mixtral(config: Mapping[str, Any]) -> Shapes:
+    """A mixture of experts as transformers 5 holds it and mergekit 0.1.5 lists it: all experts in one 3-D tensor."""
+    hidden, inner, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    shapes = {k: v for k, v in _decoder(config, biases=False, head=True).items() if ".mlp." not in k}
+    for i in range(config["num_hidden_layers"]):
+        shapes[f"model.layers.{i}.mlp.gate.weight"] = (experts, hidden)
+        shapes[f"model.layers.{i}.mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)
+        shapes[f"model.layers.{i}.mlp.experts.down_proj"] = (experts, hidden, inner)
+    return shapes
+
+
+def _llava(config: Mapping[str, Any]) -> Shapes:
+    """CLIP's vision tower, a projector and llama, by transformers 5's names. mergekit 0.1.5 has no list for it: it
+    infers one from these names, with transformers' help."""
+    text, vision = config["text_config"], config["vision_config"]
+    hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    tower = "model.vision_tower."
+    shapes: Shapes = {
+        f"{tower}embeddings.class_embedding": (hidden,),
+        f"{tower}embeddings.patch_embedding.weight": (hidden, 3, patch, patch),
+        f"{tower}embeddings.position_embedding.weight": ((vision["image_size"] // patch) ** 2 + 1, hidden),
+    }
+    for name in ("pre_layrnorm", "post_layernorm"):
+        shapes[f"{tower}{name}.weight"] = shapes[f"{tower}{name}.bias"] = (hidden,)
+    for i in range(vision["num_hidden_layers"]):
+        layer = f"{tower}encoder.layers.{i}."
+        for name, rows, columns in (
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", hidden, hidden),
+            ("self_attn.v_proj", hidden, hidden),
+            ("self_attn.out_proj", hidden, hidden),
+            ("mlp.fc1", inner, hidden),
+            ("mlp.fc2", hidden, inner),
+        ):
+            shapes[f"{layer}{name}.weight"] = (rows, columns)
+            shapes[f"{layer}{name}.bias"] = (rows,)
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes[f"{layer}{name}.weight"] = shapes[f"{layer}{name}.bias"] = (hidden,)
+    width = text["hidden_size"]
+    for name, columns in (("linear_1", hidden), ("linear_2", width)):
+        shapes[f"model.multi_modal_projector.{name}.weight"] = (width, columns)
+        shapes[f"model.multi_modal_projector.{name}.bias"] = (width,)
+    for name, shape in _decoder(text, biases=False, head=True).items():
+        shapes[name if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)] = shape
+    return shapes
+
+
 def _gpt2(config: Mapping[str, Any]) -> Shapes:
     hidden = config["n_embd"]
     shapes: Shapes = {
@@ -181,6 +254,65 @@ FAMILIES = {
         },
         _bert,
         {"attention": "attention", "mlp": "intermediate", "second": "layer.1."},
+    ),
+    "gemma2": Family(
+        {
+            **_SMALL,
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "num_hidden_layers": 2,
+            "head_dim": 6,
+            "tie_word_embeddings": True,
+        },
+        _gemma2,
+        _LLAMA_WORDS,
+    ),
+    "phi3": Family(
+        {
+            **_SMALL,
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "num_hidden_layers": 3,
+            "pad_token_id": 0,
+        },
+        _phi3,
+        _LLAMA_WORDS,
+    ),
+    "mixtral": Family(
+        {
+            **_SMALL,
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_hidden_layers": 2,
+            "intermediate_size": 13,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+        },
+        _mixtral,
+        _LLAMA_WORDS,
+    ),
+    # Two stacks of layers of different length, each with gradients of its own.
+    "llava": Family(
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": 60,
+            "vocab_size": 61,
+            "tie_word_embeddings": False,
+            "text_config": {**_SMALL, "model_type": "llama", "num_hidden_layers": 3},
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 12,
+                "intermediate_size": 17,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 8,
+                "patch_size": 4,
+                "projection_dim": 12,
+            },
+        },
+        _llava,
+        _LLAMA_WORDS,
     ),
     # An embedding of more than 2^20 elements: several chunks, and a sample before the TIES histogram.
     "wide": Family(

@@ -63,14 +63,17 @@ MIXED = {"base": "float32", "a": "bfloat16", "b": "float16", "c": "bfloat16"}
 EVERY = [(method, recipe) for method, recipes in RECIPES.items() for recipe in recipes]
 FEW = [(method, recipe) for method, recipe in EVERY if recipe in (next(iter(RECIPES[method])), "filters")]
 RESCALED = [(method, recipe) for method, recipe in EVERY if recipe == "rescale"]
+OTHERS = [family for family in FAMILIES if family not in ("llama", "wide")]
 MAIN_PRECISIONS, RARE_PRECISIONS = list(PRECISIONS)[:4], list(PRECISIONS)[4:]
 
 
 def cases() -> list[Case]:
     found = [Case(m, r, "llama", p) for (m, r), p in itertools.product(EVERY, MAIN_PRECISIONS)]
-    # The other architectures share the precisions among them, one for each recipe.
-    for i, family in enumerate(("mistral", "qwen2", "gpt2", "bert")):
-        found += [Case(m, r, family, MAIN_PRECISIONS[(i + j) % 4]) for j, (m, r) in enumerate(EVERY)]
+    # Every method meets every other architecture, and every recipe one or two of them; precisions take turns.
+    for i, (method, recipes) in enumerate(RECIPES.items()):
+        for j in range(max(len(OTHERS), 2 * len(recipes))):
+            recipe, family = list(recipes)[j % len(recipes)], OTHERS[(j + j // len(OTHERS)) % len(OTHERS)]
+            found.append(Case(method, recipe, family, MAIN_PRECISIONS[(i + j + j // 4) % 4]))
     found += [Case(m, r, "llama", p, MIXED) for (m, r), p in itertools.product(FEW, MAIN_PRECISIONS)]
     for stored, precision in itertools.product(("float16", "float32"), ("float32, bfloat16", "stored")):
         found += [Case(m, r, "llama", precision, stored) for m, r in FEW]
