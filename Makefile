@@ -11,7 +11,7 @@ demo:  ## the main job on models made on the spot
 
 test:  ## the whole suite
 	@scripts/setup.sh test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 format:  ## ruff and clang-format, in place
 	@scripts/setup.sh test,dev

@@ -3,7 +3,10 @@
 import os
 import tempfile
 
+import pytest
 import torch
+
+from .differential.summary import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -15,3 +18,14 @@ os.environ["SEME_CACHE"] = _CACHE.name
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "large: needs tens of gigabytes")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """With several processes a file stays in one of them, and what compiles the same kernels in the same one."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        group = next((name for name in ("compiled", "built", "emulation") if name in fixtures), item.path.as_posix())
+        item.add_marker(pytest.mark.xdist_group("compiled" if group == "built" else group))
