@@ -126,17 +126,26 @@ static void nonfinite(const std::vector<PyView>& tensors, const PyView& out, int
 
 // Ops on task vectors: tensors[0] is the base, and the other arguments have one entry for each of the others.
 
-// thresholds, quotas, chances, seeds, offset
-using PySelection = std::tuple<Integers, Integers, Integers, Integers, int64_t>;
+// thresholds, quotas, chances, seeds, offset, spreads, row
+using PySelection = std::tuple<Integers, Integers, Integers, Integers, int64_t, Integers, int64_t>;
 
-static seme::Selection selection_of(const PySelection& s, size_t count) {
-    const auto& [thresholds, quotas, chances, seeds, offset] = s;
+// A selection from `count` task vectors of n elements.
+static seme::Selection selection_of(const PySelection& s, size_t count, int64_t n) {
+    const auto& [thresholds, quotas, chances, seeds, offset, spreads, row] = s;
     if (thresholds.size() != 2 * count && !thresholds.empty()) check_count(thresholds.size(), count, "thresholds");
     check_count(quotas.size(), thresholds.size(), "tie_quotas");
     if (!chances.empty()) check_count(chances.size(), count, "chances");
     check_count(seeds.size(), chances.size(), "seeds");
     if (offset < 0) throw std::invalid_argument("offset is negative");
-    return {thresholds, quotas, chances, seeds, offset};
+    if (row < 0 || spreads.empty() != (row == 0)) throw std::invalid_argument("spreads and row go together");
+    if (row > 0) {
+        check_count(spreads.size(), chances.size(), "spreads");
+        if (!thresholds.empty()) throw std::invalid_argument("spreads and thresholds exclude each other");
+        if (row > int64_t(1) << 31 || n % row != 0) throw std::invalid_argument("not whole rows");
+        for (size_t i = 0; i < count; ++i)
+            if (spreads[i] < 0 || spreads[i] > int64_t(1) << 32) throw std::invalid_argument("spread is not 0 to 2^32");
+    }
+    return {thresholds, quotas, chances, seeds, offset, spreads, row};
 }
 
 static void task_vector_sum(const std::vector<PyView>& tensors, const Reals& weights, const Reals& factors,
@@ -146,7 +155,7 @@ static void task_vector_sum(const std::vector<PyView>& tensors, const Reals& wei
     auto t = views_of(tensors, o.n);
     check_count(weights.size(), t.size() - 1, "weights");
     check_count(factors.size(), t.size() - 1, "factors");
-    const auto s = selection_of(selection, t.size() - 1);
+    const auto s = selection_of(selection, t.size() - 1, t[0].n);
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
     seme::cpu::task_vector_sum(t, weights, factors, s, divisor, scale, c, o, threads);
@@ -205,7 +214,7 @@ static void ties(const std::vector<PyView>& tensors, const Reals& weights, const
     auto t = views_of(tensors, o.n);
     check_count(weights.size(), t.size() - 1, "weights");
     check_count(factors.size(), t.size() - 1, "factors");
-    const auto s = selection_of(selection, t.size() - 1);
+    const auto s = selection_of(selection, t.size() - 1, t[0].n);
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
     seme::cpu::ties(t, weights, factors, s, normalize, scale, c, o, threads);
@@ -214,8 +223,9 @@ static void ties(const std::vector<PyView>& tensors, const Reals& weights, const
 static void trimmed_l1(const std::vector<PyView>& tensors, const PySelection& selection, int compute, const PyView& out,
                        int threads) {
     auto t = views_of(tensors);
-    const auto s = selection_of(selection, t.size() - 1);
-    double* o = results_of<double>(out, seme::blocks(t[0].n) * int64_t(t.size() - 1) * 2);
+    const auto s = selection_of(selection, t.size() - 1, t[0].n);
+    const int64_t blocks = s.row > 0 ? t[0].n / s.row : seme::blocks(t[0].n);
+    double* o = results_of<double>(out, blocks * int64_t(t.size() - 1) * 2);
     DType c = dtype_of(compute);
     py::gil_scoped_release release;
     seme::cpu::trimmed_l1(t, s, c, o, threads);

@@ -46,6 +46,10 @@ struct Selection {
     // seeds[i] and the element's index: `offset` + its place in the call. See philox.h.
     std::vector<int64_t> chances, seeds;
     int64_t offset = 0;
+    // [n], without thresholds: the chance grows by floor(spreads[i] * rank / (row - 1)), with the rank of the magnitude
+    // within the element's row of `row` elements, from 0, of equal ones by index.
+    std::vector<int64_t> spreads;
+    int64_t row = 0;
 };
 
 struct Weights;  // weights.h
@@ -89,7 +93,7 @@ void tie_counts(const std::vector<View>& tensors, const std::vector<int64_t>& th
 void ties(const std::vector<View>& tensors, const std::vector<double>& weights, const std::vector<double>& factors,
           const Selection& selection, bool normalize, double scale, DType compute, View out, int threads);
 
-// out[blocks, n, 2]
+// out[blocks, n, 2]; with selection.row out[rows, n, 2]
 void trimmed_l1(const std::vector<View>& tensors, const Selection& selection, DType compute, double* out, int threads);
 
 // Selection by the variance over the task vectors: one threshold and quota for all of them.

@@ -1,4 +1,7 @@
-"""What a kernel keeps of task vectors; the arguments are those of ``seme.ops._task_vectors.check_selection``."""
+"""What a kernel keeps of task vectors; the arguments are those of ``seme.ops._task_vectors.check_selection``.
+
+Ranks within rows take a sort: launchers leave them to ``seme.ops._task_vectors.ranked`` and pass on what that gives.
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from seme.ops._task_vectors import ranked
+
 from .numeric import divide, held, load, round_to, store
 from .selection import arguments, kept
 from .tables import Flat, flat, table
@@ -105,6 +107,7 @@ def launch(
         return
     reals = table([scale, *(v for pair in zip(weights, factors) for v in pair)], torch.float64, out.device)
     shape = shape or flat("ties", out.device)
+    tensors, selection = ranked(tensors, selection, compute_dtype)
     chosen, constants = arguments(tensors, selection, compute_dtype, shape.elements)
     blocks = triton.cdiv(n, shape.elements)
     ties_kernel[(blocks,)](

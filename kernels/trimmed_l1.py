@@ -1,6 +1,7 @@
 """trimmed_l1 in Triton; the formula and its order of summation are in ``seme/ops/trimmed_l1.py``.
 
-One launch per input. A program sums some blocks of 8192 elements at a time, as in ``inner_products.py``.
+One launch per input. A program sums some blocks of 8192 elements at a time, as in ``inner_products.py``. Sums of rows,
+which have to be sorted before, are left to torch, in the same order.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from seme.native import BLOCK
+from seme.ops.trimmed_l1 import reference
 
 from .numeric import fold_lanes, load, magnitude_key, round_to
 from .philox import drawn
@@ -107,9 +109,12 @@ def launch(
     shape: Flat | None = None,
     **selection: Any,
 ) -> None:
-    """Run on flat, contiguous tensors, the base first; writes `out`, float64 [blocks, n, 2] seen as one axis."""
+    """Run on flat, contiguous tensors, the base first; writes `out`, float64 [blocks or rows, n, 2] as one axis."""
     n, count = tensors[0].numel(), len(tensors) - 1
     if n == 0 or count == 0:
+        return
+    if selection["row"]:
+        out.copy_(reference(tensors, compute_dtype=compute_dtype, **selection).view(-1))
         return
     chosen, constants = arguments(tensors, selection, compute_dtype, BLOCK)
     shape = shape or flat("trimmed_l1", out.device)

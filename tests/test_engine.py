@@ -107,6 +107,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "dare_linear": {"models": ["a", "b"], "parameters": {"weight": 0.5, "density": 0.4}, "seed": 7},
     "dare_ties, not rescaled": {"models": ["a", "b"], "parameters": {"weight": 0.5, "density": 0.4, "rescale": False}},
+    "della": {"models": ["a", "b", "c"], "parameters": {"weight": 0.5, "density": 0.4}, "seed": 7},
+    "della_linear, not rescaled": {
+        "models": ["a", "b"],
+        "parameters": {"weight": 0.5, "density": 0.4, "epsilon": 0.3, "rescale": False},
+    },
     "ties": {"models": ["a", "b", "c"], "parameters": {"weight": 0.5, "density": 0.4}},
     "ties, one expert trimmed hard": {"models": ["a", "b", "c"], "parameters": {"weight": 1, "density": 0.01}},
     "ties, rescaled": {"models": ["a", "b"], "parameters": {"weight": 0.5, "density": 0.3, "rescale": True}},
@@ -141,7 +146,11 @@ def expected(config: dict[str, Any], stored: dict[str, Tensors]) -> Tensors:
     found = {}
     for t in plan.tensors:
         inputs = [stored[m.ref.path][t.name] for m in plan.models]
-        drawn = {"name": t.name, "seed": t.group.seed} if plan.method.name.startswith("dare") and not t.copy else {}
+        drawn = (
+            {"name": t.name, "seed": t.group.seed}
+            if plan.method.name.startswith(("dare", "della")) and not t.copy
+            else {}
+        )
         arguments = {**t.arguments, **drawn}
         found[t.name] = inputs[0] if t.copy else plan.method.reference(inputs, base=t.group.base, **arguments)
     return found

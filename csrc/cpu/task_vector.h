@@ -46,8 +46,9 @@ struct Selected {
     Selected(const std::vector<View>& tensors, const Selection& selection, DType compute, int threads);
 
     const Selection& selection;
-    const size_t count;         // of task vectors
-    std::vector<int64_t> ties;  // [blocks, thresholds]: ties in the blocks before; empty if the call needs none
+    const size_t count;          // of task vectors
+    std::vector<int64_t> ties;   // [blocks, thresholds]: ties in the blocks before; empty if the call needs none
+    std::vector<uint8_t> masks;  // [n, elements], see ranks.h; empty without spreads
 
     int64_t quota(size_t i, int64_t block) const {
         const int64_t quota = selection.quotas[i];
@@ -104,9 +105,12 @@ struct Keep {
     std::vector<Cut<C>> cuts;  // the first keeps what lies above it, the second drops it
     int64_t chance = kCertain, offset = 0;
     uint64_t key = 0;
+    const uint8_t* mask = nullptr;  // of what is kept by rank: what is not equals the base
 
     // d = 0 where the element is not kept, of the n elements from place `at` on.
-    SEME_INLINE void apply(T* d, int64_t at, int64_t n) {
+    SEME_INLINE void apply(T* d, const T* base, int64_t at, int64_t n) {
+        if (mask != nullptr)
+            for (int64_t j = 0; j < n; ++j) d[j] = mask[at + j] != 0 ? d[j] : base[j] - base[j];
         if (cuts.size() > 0) cuts[0].keep(d, n);
         if (cuts.size() > 1) cuts[1].drop(d, n);
         if (chance < kCertain) draw(d, offset + at, n);
@@ -140,6 +144,11 @@ std::vector<Keep<C>> keep_from(const Selected& selected, int64_t block) {
         keep[i].key = uint64_t(selected.selection.seeds[i]);
         keep[i].offset = selected.selection.offset;
     }
+    for (size_t i = 0; i < selected.selection.spreads.size(); ++i)
+        if (selected.selection.spreads[i] > 0) {
+            keep[i].chance = kCertain;
+            keep[i].mask = selected.masks.data() + i * (selected.masks.size() / selected.count);
+        }
     return keep;
 }
 

@@ -26,7 +26,7 @@ struct Body {
             for (size_t i = 1; i < tensors->size(); ++i) {
                 const T w = T(factors->weights[i - 1]), factor = T(factors->factors[i - 1]);
                 load_delta<C>((*tensors)[i], at, n, base, d);
-                keep[i - 1].apply(d, at, n);
+                keep[i - 1].apply(d, base, at, n);
                 if (factor != T(1))
                     for (int64_t j = 0; j < n; ++j) d[j] = C::round(d[j] * factor);
                 if (i == 1)

@@ -1,6 +1,7 @@
 #include <utility>
 
 #include "../parallel.h"
+#include "ranks.h"
 #include "task_vector.h"
 
 namespace seme::cpu {
@@ -40,6 +41,7 @@ std::vector<int64_t> block_ties(const std::vector<View>& tensors, const std::vec
 
 Selected::Selected(const std::vector<View>& tensors, const Selection& selection, DType compute, int threads)
     : selection(selection), count(tensors.size() - 1) {
+    if (selection.row > 0) masks = rank_masks(tensors, selection, compute, threads);
     const auto& quotas = selection.quotas;
     const bool binding = std::any_of(quotas.begin(), quotas.end(), [](int64_t q) { return q > 0 && q < kUnlimited; });
     if (!binding || threads <= 1) return;  // one range from the first block on: the cuts count for themselves

@@ -35,7 +35,7 @@ struct Body {
             for (size_t i = 0; i < count; ++i) {
                 T* term = terms.data() + i * kTile;
                 load_delta<C>((*tensors)[i + 1], at, n, base, term);
-                keep[i].apply(term, at, n);
+                keep[i].apply(term, base, at, n);
                 const T w = T(factors->weights[i]), factor = T(factors->factors[i]);
                 if (factor == T(1))
                     for (int64_t j = 0; j < n; ++j) sum[j] += term[j] = TaskVector<C>::term(w, term[j], T(1));

@@ -74,6 +74,30 @@ def by_chance(group: Group, density: Sequence[float]) -> Selection | None:
     return Selection({"chances": [chance(d) for d in density], "seeds": seeds})
 
 
+def by_rank(group: Group, density: Sequence[float], epsilon: Sequence[float]) -> Selection | None:
+    """Every element with a probability that grows from ``density[i] - epsilon[i]`` to ``density[i] + epsilon[i]`` with
+    its rank by magnitude in its row, see :func:`row_of`; None if that is all of every task vector."""
+    row = row_of(group.inputs[0].shape)
+    ends = [rank_ends(d, e) for d, e in zip(density, epsilon)]
+    if row < 2 or all(low == high for low, high in ends):
+        return by_chance(group, density)
+    seeds = [stream(group.name, expert, group.seed) for expert in group.experts]
+    chances, spreads = [low for low, _ in ends], [high - low for low, high in ends]
+    return Selection({"chances": chances, "seeds": seeds, "spreads": spreads, "row": row})
+
+
+def rank_ends(density: float, epsilon: float) -> tuple[int, int]:
+    """Chances of the smallest and of the greatest magnitude in a row, in units of 2^-32."""
+    if not 0 < density < 1:
+        epsilon = 0.0
+    return chance(density - epsilon), chance(density + epsilon)
+
+
+def row_of(shape: tuple[int, ...]) -> int:
+    """Elements of a row along the last dimension; a scalar is a row of its own."""
+    return shape[-1] if shape else 1
+
+
 def chance(probability: float) -> int:
     """A probability in units of 2^-32."""
     return min(CERTAIN, max(0, round(probability * CERTAIN)))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 UNLIMITED = 2**62
 """Tie quotas from here on keep every tie."""
 LANES = 64
+LONGEST_ROW = 2**31
+"""Products of a rank and a chance have 63 bits."""
 
 
 def check_base(op: str, specs: Sequence[Spec], compute_dtype: DType | None, least: int = 1) -> DType:
@@ -40,7 +42,10 @@ def check_integers(op: str, name: str, values: Sequence[int]) -> list[int]:
     return [int(v) for v in values]
 
 
-SELECTION = "int[] thresholds=[], int[] tie_quotas=[], int[] chances=[], int[] seeds=[], int offset=0"
+SELECTION = (
+    "int[] thresholds=[], int[] tie_quotas=[], int[] chances=[], int[] seeds=[], int offset=0, "
+    "int[] spreads=[], int row=0"
+)
 """The arguments of a selection, in the schema language."""
 
 
@@ -57,44 +62,80 @@ def check_cuts(op: str, count: int, thresholds: Sequence[int], tie_quotas: Seque
 
 def check_selection(
     op: str,
-    count: int,
+    specs: Sequence[Spec],
     *,
     thresholds: Sequence[int] = (),
     tie_quotas: Sequence[int] = (),
     chances: Sequence[int] = (),
     seeds: Sequence[int] = (),
     offset: int = 0,
+    spreads: Sequence[int] = (),
+    row: int = 0,
 ) -> Params:
-    """What is kept of each of ``count`` task vectors; without arguments all of it.
+    """What is kept of each of the n task vectors; without arguments all of it.
 
     Args:
         op: name of the op, for messages.
-        count: how many task vectors there are.
-        thresholds: magnitude keys, ``count`` or twice as many: elements above the first ``count`` are kept, but not
-            those above the second.
+        specs: of the base and the n other tensors.
+        thresholds: magnitude keys, n or twice as many: elements above the first n are kept, but not those above the
+            second.
         tie_quotas: as many numbers: of the elements equal to the threshold, how many count as above it, in element
             order; 2^62 and more: all.
-        chances: ``count`` integers: of what the cuts leave, an element is kept with a chance of ``chances[i] / 2^32``.
-        seeds: ``count`` keys of 63 bits; with the index of an element they determine the number it draws, see
+        chances: n integers: of what the cuts leave, an element is kept with a chance of ``chances[i] / 2^32``.
+        seeds: n keys of 63 bits; with the index of an element they determine the number it draws, see
             :mod:`seme.ops._philox`.
         offset: index in the tensor of the first element that the op is given.
+        spreads: n integers, without thresholds: the chance of an element grows by ``spreads[i] * rank / (row - 1)``,
+            rounded down, where ranks count from 0 by rising magnitude, of equal ones by index, within each row.
+        row: elements of a row, of which the tensors are made.
     """
+    count = len(specs) - 1
     if chances:
         check_per_tensor(op, "chances", chances, count)
     check_per_tensor(op, "seeds", seeds, len(chances))
     if any(not 0 <= chance <= CERTAIN for chance in chances):
         raise OpError(f"{op}: chances are {list(chances)}, expected 0 to 2^32")
+    check_ranks(op, specs, thresholds, chances, spreads, row)
     return {
         **check_cuts(op, count, thresholds, tie_quotas),
         "chances": list(chances),
         "seeds": check_integers(op, "seeds", seeds),
         "offset": check_integers(op, "offset", [offset])[0],
+        "spreads": list(spreads),
+        "row": row,
     }
 
 
+def check_ranks(
+    op: str,
+    specs: Sequence[Spec],
+    thresholds: Sequence[int],
+    chances: Sequence[int],
+    spreads: Sequence[int],
+    row: int,
+) -> None:
+    """Whole rows and chances from 0 to 2^32, where there are ranks."""
+    if bool(spreads) != (row != 0):
+        raise OpError(f"{op}: spreads and row go together")
+    if not spreads:
+        return
+    check_per_tensor(op, "spreads", spreads, len(chances))
+    if thresholds:
+        raise OpError(f"{op}: spreads and thresholds exclude each other")
+    if not 0 < row <= LONGEST_ROW or specs[0].numel % row:
+        raise OpError(f"{op}: row is {row} for {specs[0].numel} elements, expected whole rows of 1 to 2^31")
+    if any(spread < 0 or chance + spread > CERTAIN for chance, spread in zip(chances, spreads)):
+        raise OpError(f"{op}: spreads are {list(spreads)}, expected 0 or more, and with the chances at most 2^32")
+
+
 def native_selection(selection: Params) -> tuple[Any, ...]:
-    """A checked selection in the form that the compiled modules take."""
+    """A checked selection, without ranks, in the form that the compiled modules take."""
     return tuple(selection[name] for name in ("thresholds", "tie_quotas", "chances", "seeds", "offset"))
+
+
+def native_ranks(selection: Params) -> tuple[list[int], int]:
+    """The ranks of a checked selection in the form that the compiled module takes."""
+    return selection["spreads"], selection["row"]
 
 
 def deltas(tensors: Sequence[torch.Tensor], compute_dtype: DType) -> list[torch.Tensor]:
@@ -124,20 +165,45 @@ def above(delta: torch.Tensor, threshold: int, quota: int) -> torch.Tensor:
     return (keys > threshold) | (tied & (tied.cumsum(0) <= quota))
 
 
-def kept(
-    tensors: Sequence[torch.Tensor],
-    compute_dtype: DType,
-    *,
-    thresholds: Sequence[int],
-    tie_quotas: Sequence[int],
-    chances: Sequence[int],
-    seeds: Sequence[int],
-    offset: int,
-) -> list[torch.Tensor]:
+def ranks(delta: torch.Tensor, row: int) -> torch.Tensor:
+    """int64: how many elements of an element's row come before it, by rising magnitude, of equal ones by index."""
+    import torch
+
+    keys = magnitude_keys(delta).view(-1, row)
+    order = torch.sort(keys, dim=1, stable=True).indices
+    return torch.empty_like(order).scatter_(1, order, torch.arange(row, device=delta.device).expand_as(order)).view(-1)
+
+
+def ranked(
+    tensors: Sequence[torch.Tensor], selection: Params, compute_dtype: DType
+) -> tuple[list[torch.Tensor], Params]:
+    """Tensors and selection that keep the same without ranks: what is not kept by its rank equals the base."""
+    import torch
+
+    base, *others = tensors
+    chances, row = list(selection["chances"]), selection["row"]
+    compute = compute_dtype.to_torch()
+    for i, spread in enumerate(selection["spreads"]):
+        if spread == 0:
+            continue
+        rounded = others[i].to(compute).reshape(-1)
+        origin = base.to(compute).reshape(-1)
+        draws = numbers(selection["seeds"][i], selection["offset"], rounded.numel(), rounded.device)
+        # draw < chance + floor(rank * spread / (row - 1))
+        least = (draws - chances[i] + 1) * max(1, row - 1)
+        keep = ranks(rounded - origin, row) * spread >= least
+        others[i] = torch.where(keep, rounded, origin).view(base.shape)
+        chances[i] = CERTAIN
+    return [base, *others], {**selection, "chances": chances, "spreads": [], "row": 0}
+
+
+def kept(tensors: Sequence[torch.Tensor], compute_dtype: DType, **selection: Any) -> list[torch.Tensor]:
     """:func:`deltas`, 0 where the selection does not keep the element."""
     import torch
 
     found = []
+    tensors, selection = ranked(tensors, selection, compute_dtype)
+    thresholds, tie_quotas, chances, seeds, offset = native_selection(selection)
     whole = deltas(tensors, compute_dtype)
     for i, delta in enumerate(whole):
         keep = torch.ones(delta.shape, dtype=torch.bool, device=delta.device)
@@ -164,11 +230,12 @@ def weighted(
     return terms
 
 
-def lane_sums(values: torch.Tensor) -> torch.Tensor:
-    """float64 sums of blocks of :data:`BLOCK` values, in 64 lanes combined by halving.
+def lane_sums(values: torch.Tensor, block: int = BLOCK) -> torch.Tensor:
+    """float64 sums of blocks of values, in 64 lanes combined by halving.
 
     Args:
         values: float64 [rows, n].
+        block: values in a block.
 
     Returns:
         float64 [blocks, rows].
@@ -176,10 +243,11 @@ def lane_sums(values: torch.Tensor) -> torch.Tensor:
     import torch
 
     rows, n = values.shape
-    blocks = -(-n // BLOCK)
-    padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - n)).view(rows, blocks, BLOCK // LANES, LANES)
+    blocks, steps = -(-n // block), -(-block // LANES)
+    padded = torch.nn.functional.pad(values, (0, blocks * block - n)).view(rows, blocks, block)
+    padded = torch.nn.functional.pad(padded, (0, steps * LANES - block)).view(rows, blocks, steps, LANES)
     total = torch.zeros(rows, blocks, LANES, dtype=torch.float64, device=values.device)
-    for step in range(BLOCK // LANES):
+    for step in range(steps):
         total = total + padded[:, :, step]
     width = LANES
     while width > 1:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from seme import dtypes, native
 from seme.dtypes import DType
 from seme.ops._op import Params
-from seme.ops._task_vectors import UNLIMITED, native_selection
+from seme.ops._task_vectors import UNLIMITED, native_selection, ranked
 from seme.ops._weights import here
+from seme.ops.trimmed_l1 import reference as row_sums
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ def task_vector_sum(
     **selection: Any,
 ) -> None:
     """Writes ``out``; ``csrc/cuda/task_vector_sum.cu``."""
+    tensors, selection = ranked(tensors, selection, compute_dtype)
     chosen = _selection(tensors, selection, compute_dtype, native.module("_C_cuda").TILE)
     _call("task_vector_sum", tensors, out, weights, factors, *chosen, divisor, scale, compute_dtype.native)
 
@@ -143,12 +145,19 @@ def ties(
     **selection: Any,
 ) -> None:
     """Writes ``out``; ``csrc/cuda/ties.cu``."""
+    tensors, selection = ranked(tensors, selection, compute_dtype)
     chosen = _selection(tensors, selection, compute_dtype, native.module("_C_cuda").TILE)
     _call("ties", tensors, out, weights, factors, *chosen, normalize, scale, compute_dtype.native)
 
 
 def trimmed_l1(tensors: Sequence[torch.Tensor], out: torch.Tensor, *, compute_dtype: DType, **selection: Any) -> None:
-    """Writes ``out``, float64 [blocks, n, 2] seen as one axis; ``csrc/cuda/trimmed_l1.cu``."""
+    """Writes ``out``, float64 [blocks, n, 2] seen as one axis; ``csrc/cuda/trimmed_l1.cu``.
+
+    Sums of rows, [rows, n, 2], which have to be sorted before, are left to torch, in the same order.
+    """
+    if selection["row"]:
+        out.copy_(row_sums(tensors, compute_dtype=compute_dtype, **selection).view(-1))
+        return
     _call(
         "trimmed_l1", tensors, out, *_selection(tensors, selection, compute_dtype, native.BLOCK), compute_dtype.native
     )

@@ -19,7 +19,7 @@ from seme.dtypes import DType
 from seme.errors import OpError
 from seme.native import BLOCK, View
 from seme.ops._op import Op, Params, Spec, check_tensors
-from seme.ops._task_vectors import LANES, deltas, lane_sums
+from seme.ops._task_vectors import deltas, lane_sums
 
 if TYPE_CHECKING:
     import torch
@@ -61,18 +61,8 @@ def reference(
     vectors = deltas(tensors, compute_dtype) if relative else [t.to(compute).reshape(-1) for t in tensors]
     rows, n = [v.double() for v in vectors], len(vectors)
     products = torch.stack([rows[i] * rows[j] for i in range(n) for j in range(n)])
-    if not columns and not row:
-        return lane_sums(products).view(-1, n, n)
     if not columns:
-        pieces = torch.nn.functional.pad(products.view(n * n, -1, row), (0, -row % LANES)).view(n * n, -1, LANES)
-        steps = pieces.view(n * n, -1, -(-row // LANES), LANES).unbind(2)
-        total = torch.zeros(n * n, products.shape[1] // row, LANES, dtype=torch.float64, device=products.device)
-        for step in steps:
-            total = total + step
-        while total.shape[-1] > 1:
-            half = total.shape[-1] // 2
-            total = total[..., :half] + total[..., half:]
-        return total[..., 0].T.reshape(-1, n, n)
+        return lane_sums(products, row or BLOCK).view(-1, n, n)
     blocks = []
     for part in products.split(row, 1):
         total = torch.zeros(n * n, columns, dtype=torch.float64, device=products.device)

@@ -15,7 +15,15 @@ from seme import dtypes, native
 from seme.dtypes import DType
 from seme.native import View
 from seme.ops._op import Op, Params, Spec, check_per_tensor
-from seme.ops._task_vectors import SELECTION, check_base, check_selection, kept, native_selection, weighted
+from seme.ops._task_vectors import (
+    SELECTION,
+    check_base,
+    check_selection,
+    kept,
+    native_ranks,
+    native_selection,
+    weighted,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +49,7 @@ def check(
     return {
         "weights": [dtypes.round_to(compute, w) for w in weights],
         "factors": [dtypes.round_to(held, f) for f in factors],
-        **check_selection("ties", count, **selection),
+        **check_selection("ties", specs, **selection),
         "normalize": normalize,
         "scale": dtypes.round_to(held, scale),
         "compute_dtype": compute,
@@ -102,7 +110,7 @@ def run_native(
 ) -> None:
     """The C++ kernel, ``csrc/cpu/ties.cpp``."""
     views = [t.raw() for t in tensors]
-    chosen = native_selection(selection)
+    chosen = (*native_selection(selection), *native_ranks(selection))
     native.module().ties(views, weights, factors, chosen, normalize, scale, compute_dtype.native, out.raw(), threads)
 
 

@@ -20,6 +20,8 @@ SEEDS = range(8)
 METHODS = {
     "dare_linear": "{density: 0.3}",
     "dare_ties": "{density: 0.3}",
+    "della": "{density: 0.3, epsilon: 0.2}",
+    "della_linear": "{density: 0.3, epsilon: 0.2}",
 }
 
 

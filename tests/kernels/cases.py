@@ -178,6 +178,12 @@ def calls(name: str, tensors: Tensors, compute: DType) -> list[tuple[Tensors, di
         {"chances": [2**31 + 12345, 0, 2**32][:n], "seeds": [2**62 + 17, 3, 4][:n], "offset": 2**40 * 8},
         {"chances": [2**30] * n, "seeds": [*range(n)], "offset": 3, "thresholds": keys, "tie_quotas": some},
     ]
+    row = row_of(numel)
+    ranks = {"spreads": [2**31, 0, 2**30][:n], "row": row, "offset": 3 * row}
+    selections += [
+        {"chances": [2**30 + 999, 2**31, 2**29][:n], "seeds": [5, 6, 7][:n], **ranks},
+        {"chances": [2**31, 2**31 + 5, 0][:n], "seeds": [5, 6, 7][:n], **ranks},
+    ]
     if name == "trimmed_l1":
         return [(tensors, s) for s in selections]
     factors = {"weights": [-0.25] * n, "factors": [1.0, 1.7, 0.9, 2.0][:n]}

@@ -18,6 +18,8 @@ ARGUMENTS = {
     "breadcrumbs_ties": [{**SPARSE, "gamma": [0.05, 0.4]}, {"weight": 1.0, "density": 0.9, "normalize": True}],
     "dare_linear": [SPARSE, {"weight": 1.0, "density": 0.5, "normalize": True, "rescale": False}],
     "dare_ties": [SPARSE, {"weight": 1.0, "density": 0.5, "normalize": True, "rescale": False}],
+    "della": [{**SPARSE, "epsilon": [0.2, 0.1]}, {"weight": 1.0, "density": [0.5, 1.0], "rescale": False}],
+    "della_linear": [{**SPARSE, "epsilon": [0.2, 0.1]}, {"weight": 1.0, "density": [0.5, 0.0], "normalize": True}],
     "karcher": [{}, {"max_iter": 1}],
     "linear": [{"weight": [0.25, 0.5, 0.25]}],
     "model_stock": [{}, {"filter_wise": True}],
@@ -47,7 +49,7 @@ ARGUMENTS = {
     "tsv_m": [{}],
     "iso_c": [{"weight": [0.5, 0.25]}],
 }
-RANDOM = ("dare_linear", "dare_ties")
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 """Methods that draw random numbers, which depend on the tensor's name and the model's place."""
 CASES = [(name, case) for name, cases in ARGUMENTS.items() for case in cases]
 ELEMENTWISE = [(name, case) for name, case in CASES if not get(name).matrix]
@@ -202,3 +204,27 @@ def test_ties_keeps_exactly_the_elements_a_stable_sort_keeps():
         kept = torch.zeros(10_000, dtype=torch.bool)
         kept[torch.sort(tuned.abs(), descending=True, stable=True).indices[: int(density * 10_000)]] = True
         assert torch.equal(found, torch.where(kept, tuned, 0.0))
+
+
+def test_della_keeps_larger_magnitudes_more_often_and_ranks_within_rows():
+    """Every row has the magnitudes 1 to 500 times a size of its own; 2000 rows make a share per rank."""
+    rows, n, density, epsilon = 2000, 500, 0.4, 0.3
+    generator = torch.Generator().manual_seed(0)
+    ranks = torch.rand(rows, n, generator=generator).argsort(1).argsort(1)
+    tuned = (ranks + 1.0) * 2.0 ** torch.randint(-9, 9, (rows, 1), generator=generator)
+    case = {"weight": 1.0, "density": density, "epsilon": epsilon, "rescale": False}
+    kept = run("della_linear", [torch.zeros(rows, n), tuned], case) != 0
+    shares = torch.zeros(n).scatter_add_(0, ranks.reshape(-1), kept.float().reshape(-1)) / rows
+    probability = density - epsilon + 2 * epsilon * torch.arange(n) / (n - 1)
+    deviation = (probability * (1 - probability) / rows).sqrt()
+    # Five standard deviations: one of 500 shares of independent draws lies beyond with a probability of 3e-4.
+    assert ((shares - probability).abs() < 5 * deviation).all()
+    # Their squares add up to a chi-squared variable of mean n and variance 2 n.
+    assert abs(float(((shares - probability) / deviation).square().sum()) - n) < 5 * (2 * n) ** 0.5
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.15), (0.9, 0.1), (0.5, 0.5)])
+def test_della_refuses_probabilities_beyond_0_and_1(density, epsilon):
+    for name in ("della", "della_linear"):
+        with pytest.raises(ConfigError, match=r"expected density - epsilon above 0 and density \+ epsilon below 1"):
+            run(name, inputs(name, {}), {"weight": 1.0, "density": density, "epsilon": epsilon})

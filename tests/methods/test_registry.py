@@ -14,6 +14,8 @@ def test_methods_of_this_version():
         "breadcrumbs_ties",
         "dare_linear",
         "dare_ties",
+        "della",
+        "della_linear",
         "iso_c",
         "karcher",
         "linear",
@@ -49,6 +51,10 @@ def test_parameters_defaults_and_scopes_are_mergekits():
     for name in ("dare_linear", "dare_ties"):
         dare = {p.name: (p.kind, p.scope, p.default) for p in get(name).params}
         assert dare == {**ties, "normalize": (bool, "shared", False), "rescale": (bool, "shared", True)}
+    for name in ("della", "della_linear"):
+        della = {p.name: (p.kind, p.scope, p.default) for p in get(name).params}
+        normalize = (bool, "shared", name == "della")
+        assert della == {**dare, "epsilon": (float, "expert", 0.15), "normalize": normalize}
     assert get("task_arithmetic").param("normalize").default is False
     assert get("linear").param("weight").scope == "model"
     assert (get("slerp").min_inputs, get("slerp").max_inputs) == (2, 2)

@@ -33,7 +33,7 @@ TWO = [view(X), view(X)]
 PLACE = (0, 0, 0)
 UNEQUAL = [view(X), view(X, N - 1)]
 
-ALL = ([0], [0], [1], [0], 0)  # a selection
+ALL = ([0], [0], [1], [0], 0, [], 0)  # a selection
 # Of every op: a call that works (arguments before the output, output), and the position of each per-tensor list.
 CALLS = {
     "weighted_sum": (([1.0, 1.0], 1.0, F32), view(OUT), [0]),
@@ -86,12 +86,13 @@ def test_counts_and_sizes(name):
 @pytest.mark.parametrize(
     "selection",
     [
-        ([0, 0, 0], [0, 0, 0], [], [], 0),
-        ([0], [0, 0], [], [], 0),
-        ([0, 0], [0], [], [], 0),
-        ([], [0], [], [], 0),
-        ([], [], [1], [], 0),
-        ([], [], [1, 1], [1, 1], 0),
+        ([0, 0, 0], [0, 0, 0], [], [], 0, [], 0),
+        ([0], [0, 0], [], [], 0, [], 0),
+        ([0, 0], [0], [], [], 0, [], 0),
+        ([], [0], [], [], 0, [], 0),
+        ([], [], [1], [], 0, [], 0),
+        ([], [], [1, 1], [1, 1], 0, [], 0),
+        ([], [], [1], [1], 0, [1, 1], 10),
     ],
 )
 def test_selections(selection):
@@ -99,6 +100,20 @@ def test_selections(selection):
         native.module().trimmed_l1(TWO, selection, F32, doubles(2), 1)
     with pytest.raises(ValueError, match="one per tensor expected"):
         native.module().tie_counts(TWO, [0, 0, 0], F32, integers(3), 1)
+
+
+def test_ranks():
+    for selection, message in (
+        (([], [], [1], [1], 0, [1], 0), "go together"),
+        (([], [], [1], [1], 0, [], 10), "go together"),
+        (([], [], [1], [1], 0, [1], -10), "go together"),
+        (([], [], [1], [1], 0, [1], 30), "not whole rows"),
+        (([], [], [1], [1], 0, [-1], 10), "spread is not"),
+        (([0], [0], [1], [1], 0, [1], 10), "exclude each other"),
+        (([], [], [1], [1], 0, [1], 10), "out has 2 elements, expected 20"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.module().trimmed_l1(TWO, selection, F32, doubles(2), 1)
 
 
 def test_rows_and_columns():
