@@ -30,6 +30,7 @@ ABOUT = {
 
 ELEMENTS = 64 * MIB
 DENSITY = 0.2
+EPSILON = 0.15
 WEIGHTS = (0.4, 0.35, 0.25)
 ALL = 1 << 62
 NARROW = 21
@@ -143,6 +144,18 @@ def torch_dare(tensors: Tensors) -> torch.Tensor:
     total = base.clone()
     for tensor, weight in zip(tuned, WEIGHTS, strict=True):
         total.add_((tensor - base).mul_(torch.empty_like(base).bernoulli_(DENSITY)), alpha=weight)
+    return total
+
+
+def torch_della(tensors: Tensors) -> torch.Tensor:
+    """Sum of random parts of task vectors, by rank in rows, in bfloat16."""
+    base, *tuned = tensors
+    total, n = base.clone(), row(tensors)
+    for tensor, weight in zip(tuned, WEIGHTS, strict=True):
+        delta = tensor - base
+        ranks = delta.abs().view(-1, n).argsort(1).argsort(1).to(torch.bfloat16)
+        mask = (DENSITY - EPSILON + 2 * EPSILON * ranks / (n - 1)).bernoulli()
+        total.add_(delta.mul_(mask.view(-1)), alpha=weight)
     return total
 
 
@@ -300,6 +313,12 @@ def cases(key: int) -> dict[str, Case]:
 
     random = {"chances": [round(DENSITY * 2**32)] * 3, "seeds": [1, 2, 3]}
 
+    lowest_chance, spread = round((DENSITY - EPSILON) * 2**32), round(2 * EPSILON * 2**32)
+    ranked = {"chances": [lowest_chance] * 3, "seeds": [1, 2, 3], "spreads": [spread] * 3}
+
+    def by_rank(t: Tensors, **o: Any) -> torch.Tensor:
+        return bf16(ops.task_vector_sum, WEIGHTS, **ranked, row=row(t))(t, **o)
+
     # About one element in a hundred lies on the threshold; a quota of one in a thousand cuts among them.
     def ties_with_quota(t: Tensors, **o: Any) -> torch.Tensor:
         return bf16(ops.ties, WEIGHTS, thresholds=three, tie_quotas=[len(t[0]) // 1000] * 3)(t, **o)
@@ -323,6 +342,7 @@ def cases(key: int) -> dict[str, Case]:
             lambda t: torch_band_sum(t, key),
         ),
         "task_vector_sum 1+3, random": Case(4, True, bf16(ops.task_vector_sum, WEIGHTS, **random), torch_dare),
+        "task_vector_sum 1+3, by rank": Case(4, True, by_rank, torch_della),
         "ties 1+3": Case(
             4,
             True,

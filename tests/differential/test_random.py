@@ -20,7 +20,9 @@ SEEDS = range(8)
 METHODS = {
     "dare_linear": "{density: 0.3}",
     "dare_ties": "{density: 0.3}",
-    "della": "{density: 0.3, epsilon: 0.2}",
+}
+RANKED = {
+    "della": "{density: 0.3, epsilon: 0.2, normalize: false}",
     "della_linear": "{density: 0.3, epsilon: 0.2}",
 }
 
@@ -36,13 +38,24 @@ def text(method: str, models: Models, experts: str, parameters: str) -> str:
     )
 
 
+def largest(tensors: dict[str, torch.Tensor]) -> str:
+    """Name of the largest matrix."""
+    return max(tensors, key=lambda n: tensors[n].numel() if tensors[n].dim() == 2 else 0)
+
+
+def width(models: Models) -> int:
+    """Elements in a row of the largest matrix."""
+    base = read(models("wide", "base", "bfloat16"))
+    return base[largest(base)].shape[1]
+
+
 def runs(
     recipe: str, experts: str, models: Models, oracle: Oracle, folder: Path
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """What the first expert changed; and how the merged models of seme and of mergekit differ from the base for every
     seed, [seeds, elements], of the largest matrix."""
     base, expert = (read(models("wide", m, "bfloat16")) for m in ("base", experts[0]))
-    name = max(base, key=lambda n: base[n].numel() if base[n].dim() == 2 else 0)
+    name = largest(base)
     origin = base[name].float()
 
     def change(merged: Path) -> torch.Tensor:
@@ -85,12 +98,40 @@ def test_kept_share_norm_and_mean_of_one_expert(
     assert len({tuple((row != 0).nonzero()[:50].flatten().tolist()) for row in both[0]}) == seeds
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANKED)
+def test_share_by_rank_and_norm_of_one_expert(
+    method: str, model: Models, default_oracle: Oracle, tmp_path: Path
+) -> None:
+    """In ten classes of ranks: both tools keep what the probabilities say."""
+    recipe = text(method, model, "a", RANKED[method])
+    (delta,), *both = runs(recipe, "a", model, default_oracle, tmp_path)
+    delta = 0.5 * delta  # its weight
+    rows = delta.abs().reshape(-1, width(model))
+    ordered = rows.sort(dim=1).values
+    # Of equal magnitudes any may have the lower rank: on average they have the rank in the middle.
+    ranks = (torch.searchsorted(ordered, rows) + torch.searchsorted(ordered, rows, right=True) - 1) / 2
+    part = (ranks / (rows.shape[1] - 1)).double().reshape(-1)
+    chance = 0.3 - 0.2 + 2 * 0.2 * part
+    for found in both:
+        for tenth in range(10):
+            chosen = (delta != 0) & (part >= tenth / 10) & (part < (tenth + 1) / 10)
+            if int(chosen.sum()) < 1000:  # most of the smallest are zero, of which nobody sees whether they are kept
+                continue
+            kept, count = (found[:, chosen] != 0).double(), int(chosen.sum())
+            expected = chance[chosen]
+            # Five standard deviations of a mean of independent draws.
+            deviation = math.sqrt(float((expected * (1 - expected)).sum()) / len(SEEDS)) / count
+            assert abs(float(kept.mean() - expected.mean())) < 5 * deviation
+        for row in found:  # base + delta is rounded to float32, far below the delta, at random
+            assert float(row.double().abs().sum()) == pytest.approx(float(delta.double().abs().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS | RANKED)
 def test_the_same_distribution_of_three_experts(
     method: str, model: Models, default_oracle: Oracle, tmp_path: Path
 ) -> None:
     """The means over the seeds of both tools differ by what their variances make them differ, and those are equal."""
-    recipe = text(method, model, "abc", METHODS[method])
+    recipe = text(method, model, "abc", (METHODS | RANKED)[method])
     _, mine, other = runs(recipe, "abc", model, default_oracle, tmp_path)
     variance = [found.double().var(0).sum() for found in (mine, other)]
     assert float(variance[0] / variance[1]) == pytest.approx(1, rel=0.05)
