@@ -12,7 +12,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from seme.dtypes import DType
@@ -307,10 +307,6 @@ class Gpu:
         values.record_stream(self._results)
         return host, done.synchronize
 
-    def turn(self, backend: str) -> AbstractContextManager[Any]:
-        """What must be held while an op runs."""
-        return nullcontext()
-
 
 class Memory:
     """Device memory that counts towards the limit of its GPU for as long as it lives."""
@@ -393,8 +389,7 @@ class GpuRuntime(Runtime):
             result = self._result.view(out.numel, out.dtype)
             if op.accumulates:
                 result.zero_()
-            with self.gpu.turn(self.backend):
-                op.run(tensors, result.view(tuple(shape)), self.backend, 0, params)
+            op.run(tensors, result.view(tuple(shape)), self.backend, 0, params)
             if op.accumulates:
                 host += result.cpu()
             else:

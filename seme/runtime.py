@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,25 +97,19 @@ class Runtime:
         op.native(views, out, 1, **params)
 
 
-INTERPRETER = threading.Lock()
-"""Held while Triton's interpreter runs: it patches the language meanwhile, so one at a time."""
-
-
 class TorchRuntime(Runtime):
     """The same through torch, on any backend that works on the CPU."""
 
     def __init__(self, n_inputs: int, chunk_bytes: int, backend: str, threads: int) -> None:
         super().__init__(n_inputs, chunk_bytes)
         self.backend, self.threads = backend, threads
-        self._turn: AbstractContextManager[object] = INTERPRETER if backend == "triton" else nullcontext()
 
     def run(
         self, op: Op, params: Params, inputs: Sequence[tuple[int, DType]], numel: int, out: View, shape: Sequence[int]
     ) -> None:
         """As :meth:`Runtime.run`."""
         tensors = [host_tensor(self.inputs[i].address, numel, dtype) for i, dtype in inputs]
-        with self._turn:
-            op.run(tensors, host_tensor(*out).view(tuple(shape)), self.backend, self.threads, params)
+        op.run(tensors, host_tensor(*out).view(tuple(shape)), self.backend, self.threads, params)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from seme.gpu import Gpu
-from seme.runtime import INTERPRETER, Buffer, Place
+from seme.runtime import Buffer, Place
 
 
 class _Stream:
@@ -75,9 +75,6 @@ class FakeGpu(Gpu):
                 host.copy_(values)
 
         return host, arrived
-
-    def turn(self, backend: str) -> AbstractContextManager[Any]:
-        return INTERPRETER if backend == "triton" else nullcontext()
 
     @property
     def held(self) -> int:

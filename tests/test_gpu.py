@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from seme.errors import BackendError, CheckpointError, ConfigError
 from seme.gpu import GpuRuntime
 from seme.methods import get
 from seme.native import BLOCK
-from seme.ops._op import Op
+from seme.ops._op import Op, launcher
 from seme.plan import Plan
 from seme.runtime import OutOfDeviceMemory
 
@@ -140,6 +142,22 @@ class TestChunksStay:
         assert self.read(FakeGpu(), use) == once
         monkeypatch.setattr(FakeGpu, "spare", lambda *_: False)
         assert self.read(FakeGpu(), use) == 3 * once
+
+
+def test_triton_kernels_are_launched_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that one thread loads looks loaded to others: its launcher is there before its function is."""
+    at_once, most = [0], [0]
+
+    def launch(*_: Any) -> None:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.005)
+        at_once[0] -= 1
+
+    monkeypatch.setattr("seme.kernels.weighted_sum.launch", launch)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: launcher("weighted_sum", "triton")(), range(8)))
+    assert most == [1]
 
 
 def test_the_smallest_chunk_must_fit(here: Path, use: Callable[..., FakeGpu]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
+TRITON = threading.Lock()
+"""Held while a Triton kernel is launched. A kernel that one thread is still loading looks loaded to another, which then
+launches nothing or fails; and the interpreter patches the language while it runs."""
 
 
 class Spec(NamedTuple):
@@ -147,10 +151,15 @@ def view(tensor: torch.Tensor) -> View:
 
 def launcher(name: str, backend: str) -> Callable[..., None]:
     """``launch(flat_tensors, flat_out, **params)`` of a Triton kernel module or of the CUDA extension."""
-    package = "seme.kernels" if backend == "triton" else "seme.ops.cuda"
-    launch: Callable[..., None] = importlib.import_module(
-        f"{package}.{name}" if backend == "triton" else package
-    ).__dict__["launch" if backend == "triton" else name]
+    if backend == "cuda":
+        found: Callable[..., None] = vars(importlib.import_module("seme.ops.cuda"))[name]
+        return found
+    module = importlib.import_module(f"seme.kernels.{name}")
+
+    def launch(*tensors: Any, **params: Any) -> None:
+        with TRITON:
+            module.launch(*tensors, **params)
+
     return launch
 
 
