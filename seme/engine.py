@@ -377,7 +377,9 @@ class Engine:
                 for each in self._tasks:
                     each.kept.clear()
                 self._keep = False
-                self.size = max(BLOCK * 8, min(self.size, chunk.numel * _widest(task.plan) // 2))
+                # Half of what it was, and once, although others find the same at the same time; in whole blocks.
+                smaller = max(chunk.numel * _widest(task.plan), self.size) // 2
+                self.size = max(1, min(self.size, smaller) // (BLOCK * 8)) * BLOCK * 8
             assert task.current is not None
             halves = chunk.halves(task.current.op.quantum(task.current.params))
             if len(halves) == 1 and tries == 1:
