@@ -201,9 +201,10 @@ def _merge(args: argparse.Namespace) -> int:
         print(json.dumps(found))
     elif not args.quiet:
         rate = (result.bytes_read + result.bytes_written) / max(result.seconds, 1e-9)
+        gpu_memory = "" if result.device == "cpu" else f", {format_size(result.gpu_bytes)} of {result.device}"
         print(
             f"{result.path}: {result.tensors} tensors, {format_size(result.bytes_written)} in {result.seconds:.1f} s "
-            f"({format_size(rate)}/s read and written), peak memory {format_size(peak)}"
+            f"({format_size(rate)}/s read and written), peak memory {format_size(peak)}{gpu_memory}"
         )
     return 0
 

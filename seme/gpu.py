@@ -12,11 +12,11 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from seme.dtypes import DType
-from seme.errors import BackendError, ConfigError
+from seme.errors import BackendError, ConfigError, SemeError
 from seme.native import View
 from seme.ops._op import BACKENDS, Op, Params, choose_backend, why_not
 from seme.runtime import Buffer, OutOfDeviceMemory, Place, Runtime, host_tensor
@@ -35,7 +35,13 @@ SHARE = 0.8
 """Of the free memory of a GPU, what a merge takes unless it is told otherwise."""
 BUFFER_SHARE = 0.5
 """Of that, what the buffers of the workers may take; the rest keeps chunks between passes and serves the kernels."""
+LEAST_MEMORY = 1 << 30
+"""Bytes that a GPU must have for a merge that may run elsewhere."""
+CUDA_MODELS = 32
+"""Tensors that a kernel in CUDA C++ takes."""
 
+RESULT = -1
+"""Of a worker's memory, what results are in; the others go by the number of an input."""
 RESULT_BYTES = 8 * 65538
 """Bytes per task vector of the largest result of a reduction, a histogram."""
 
@@ -95,6 +101,8 @@ def choose(plan: Plan, threads: int, backend: str = "auto", device: str = "auto"
         device: auto, cpu, or cuda[:N]. auto takes a GPU that is there if the merge is long enough to be worth it.
         limit: bytes of the GPU's memory for the merge; default: 80 % of what is free.
 
+    Where the device is not asked for, a GPU that is full or does not start is a reason to take the CPU.
+
     Raises:
         BackendError: the backend or device does not work here.
         ConfigError: ``limit`` is more than the GPU has.
@@ -102,15 +110,41 @@ def choose(plan: Plan, threads: int, backend: str = "auto", device: str = "auto"
     if plan.method.matrix and _asked(backend) == "cuda":
         raise BackendError(f"backend cuda: not all products of {plan.method.name} are in CUDA C++; use auto or triton")
     check(backend, device)
-    why = f"device {device} asked for"
-    if device == "auto":
+    auto, why = device == "auto", f"device {device} asked for"
+    if auto:
         device, why = _auto(plan, threads, _asked(backend))
-    kind = device.partition(":")[0]
-    chosen = choose_backend(backend, kind)
-    if kind == "cpu":
-        return Place(chosen, "cpu", why, threads)
-    gpu = Gpu(device if ":" in device else _current(), limit)
-    return Place(chosen, gpu.name, why, threads, gpu)
+    gpu = None
+    if device != "cpu":
+        try:
+            gpu = _start(device, limit, LEAST_MEMORY if auto and limit is None else 0)
+        except BackendError as e:
+            if not auto or _asked(backend) not in ("auto", "torch"):
+                raise
+            device, why = "cpu", str(e).partition(";")[0]
+    chosen = choose_backend(backend, device.partition(":")[0])
+    if chosen == "cuda" and plan.inputs > CUDA_MODELS and not plan.method.matrix:
+        said = f"backend cuda: takes {CUDA_MODELS} models, there are {plan.inputs}"
+        if _asked(backend) == "cuda":
+            raise BackendError(f"{said}; use triton, torch or --device cpu")
+        chosen, why = "torch", f"{why}; {said}"
+    return Place(chosen, device if gpu is None else gpu.name, why, threads, gpu)
+
+
+def _start(device: str, limit: int | None, least: int) -> Gpu:
+    """The GPU, as far as it has ``least`` bytes for a merge.
+
+    Raises:
+        BackendError: it does not, or CUDA cannot use it: others have it for themselves, or all of its memory.
+    """
+    try:
+        gpu = Gpu(device if ":" in device else _current(), limit)
+    except SemeError:
+        raise
+    except RuntimeError as e:
+        raise BackendError(f"device {device}: {str(e).partition(chr(10))[0]}; free it, or use --device cpu") from e
+    if gpu.limit < least:
+        raise BackendError(f"device {gpu.name}: {format_size(gpu.limit)} of its memory are for a merge; free some")
+    return gpu
 
 
 def _asked(backend: str) -> str:
@@ -147,11 +181,11 @@ def _auto(plan: Plan, threads: int, backend: str) -> tuple[str, str]:
     if reason is not None:
         return "cpu", reason
     if backend == "cuda":
-        return _current(), "backend cuda works there"
+        return "cuda", "backend cuda works there"
     seconds = cpu_seconds(plan, threads)
     said = f"about {seconds:.0f} s of computing on {threads} CPU thread(s)"
     if seconds > 2 * START_SECONDS:
-        return _current(), said
+        return "cuda", said
     return "cpu", f"{said}, a GPU takes about {START_SECONDS:.0f} s to start"
 
 
@@ -172,7 +206,6 @@ class Gpu:
     Attributes:
         name: cuda:N.
         limit: bytes for everything the merge holds there.
-        reserved: bytes of them for the buffers of workers.
         peak: bytes that it held at most.
     """
 
@@ -182,9 +215,9 @@ class Gpu:
         self.limit = int(SHARE * free) if limit is None else limit
         if self.limit > total:
             raise ConfigError(f"gpu_memory: {format_size(self.limit)}; {name} has {format_size(total)}")
-        self.peak = self.reserved = self._held = 0
-        self._lock = threading.Lock()
-        self._copies, self._results = self.stream(), self.stream()
+        self.peak = self._held = self._kept = 0
+        self._lock = threading.RLock()  # the garbage collector may give memory back in the midst of it
+        self._copies, self._results, self._pool = self.stream(), self.stream(), self.stream()
 
     def memory(self) -> tuple[int, int]:
         """Bytes that are free, and in total."""
@@ -194,10 +227,15 @@ class Gpu:
         return int(free), int(total)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Device memory as bytes; ``OutOfDeviceMemory`` if there is none."""
+        """Device memory as bytes, which must not be in use when it is given back.
+
+        torch keeps what it is given back for the stream that asked for it. All workers ask in the name of one, lest
+        each keeps as much as it ever held.
+        """
         import torch
 
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.name)
+        with self.on(self._pool):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.name)
 
     def empty(self, nbytes: int) -> Memory:
         """A piece of the limit.
@@ -217,14 +255,22 @@ class Gpu:
             self.give(nbytes)
             raise
 
-    def spare(self, nbytes: int) -> bool:
-        """True if that much is left when all workers have their buffers."""
-        return self._held + self.reserved + nbytes <= self.limit
+    def keep(self, memories: Sequence[Memory]) -> bool:
+        """True if these may stay where workers do without them: all have room for their buffers beside what stays."""
+        nbytes = sum(m.tensor.numel() for m in memories)
+        with self._lock:
+            if self._kept + nbytes > (1 - BUFFER_SHARE) * self.limit:
+                return False
+            self._kept += nbytes
+            for memory in memories:
+                memory.kept = True
+        return True
 
-    def give(self, nbytes: int) -> None:
+    def give(self, nbytes: int, kept: bool = False) -> None:
         """Count bytes as free again."""
         with self._lock:
             self._held -= nbytes
+            self._kept -= nbytes * kept
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -236,9 +282,25 @@ class Gpu:
         except torch.OutOfMemoryError as e:
             raise OutOfDeviceMemory(f"{self.name}: out of memory") from e
         except RuntimeError as e:
-            if "out of memory" not in str(e):
+            if "out of memory" not in str(e) and "ALLOC_FAILED" not in str(e):  # the latter of cuBLAS and cuSOLVER
                 raise
             raise OutOfDeviceMemory(f"{self.name}: out of memory") from e
+
+    @contextmanager
+    def metered(self) -> Iterator[None]:
+        """While what torch itself asks for counts: it is refused more than the limit, and ``peak`` is what it held."""
+        import torch
+
+        torch.cuda.empty_cache()
+        before, most = torch.cuda.memory_allocated(self.name), torch.cuda.get_per_process_memory_fraction(self.name)
+        share = (torch.cuda.memory_reserved(self.name) + self.limit) / self.memory()[1]
+        torch.cuda.set_per_process_memory_fraction(min(most, share), self.name)
+        torch.cuda.reset_peak_memory_stats(self.name)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(most, self.name)
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.name) - before)
 
     def stream(self) -> Any:
         """A new CUDA stream."""
@@ -246,11 +308,14 @@ class Gpu:
 
         return torch.cuda.Stream(self.name)
 
-    def on(self, stream: Any) -> AbstractContextManager[Any]:
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
         """Work of this thread goes to ``stream``."""
         import torch
 
-        return torch.cuda.stream(stream)
+        # A stream alone would make the thread's device the current one afterwards, and start that as well.
+        with torch.cuda.device(self.name), torch.cuda.stream(stream):
+            yield
 
     def empty_cache(self) -> None:
         """Give the driver what torch keeps for itself."""
@@ -274,7 +339,8 @@ class Gpu:
 
         def undo() -> None:
             if not failed:
-                runtime.cudaHostUnregister(buffer.address)
+                with torch.cuda.device(self.name):
+                    runtime.cudaHostUnregister(buffer.address)
 
         return undo
 
@@ -312,10 +378,10 @@ class Memory:
     """Device memory that counts towards the limit of its GPU for as long as it lives."""
 
     def __init__(self, gpu: Gpu, tensor: torch.Tensor) -> None:
-        self._gpu, self.tensor = gpu, tensor
+        self._gpu, self.tensor, self.kept = gpu, tensor, False
 
     def __del__(self) -> None:
-        self._gpu.give(self.tensor.numel())
+        self._gpu.give(self.tensor.numel(), self.kept)
 
     def view(self, numel: int, dtype: DType) -> torch.Tensor:
         """Its first elements."""
@@ -331,9 +397,6 @@ class GpuRuntime(Runtime):
         self._stream = gpu.stream()
         self._own: dict[int, Memory] = {}
         self._loaded: dict[int, Memory] = {}
-        self._result: Memory | None = None
-        self._reserved = (n_inputs + 1) * chunk_bytes
-        gpu.reserved += self._reserved
         self._unpin = [gpu.pin(buffer) for buffer in (*self.inputs, self.output)]
 
     def load(self, inputs: Sequence[tuple[int, DType]], numel: int) -> None:
@@ -354,7 +417,7 @@ class GpuRuntime(Runtime):
 
     def keep(self, inputs: Sequence[tuple[int, DType]]) -> Mapping[int, Memory]:
         """As :meth:`Runtime.keep`, if there is room for others in their place."""
-        if not self.gpu.spare(sum(self._own[i].tensor.numel() for i, _ in inputs)):
+        if not self.gpu.keep([self._own[i] for i, _ in inputs]):
             return {}
         return {i: self._own.pop(i) for i, _ in inputs}
 
@@ -367,13 +430,11 @@ class GpuRuntime(Runtime):
         self._stream.synchronize()
         self._own.clear()
         self._loaded.clear()
-        self._result = None
         self.gpu.empty_cache()
 
     def close(self) -> None:
         """As :meth:`Runtime.close`."""
         self.recover()
-        self.gpu.reserved -= self._reserved
         for undo in self._unpin:
             undo()
 
@@ -384,9 +445,8 @@ class GpuRuntime(Runtime):
         host = host_tensor(*out)
         with self.gpu.translated(), self.gpu.on(self._stream):
             tensors = [self._loaded[i].view(numel, dtype) for i, dtype in inputs]
-            previous, self._result = self._result, None
-            self._result = self._at_least(host.nbytes, previous)
-            result = self._result.view(out.numel, out.dtype)
+            self._own[RESULT] = self._at_least(host.nbytes, self._own.pop(RESULT, None))
+            result = self._own[RESULT].view(out.numel, out.dtype)
             if op.accumulates:
                 result.zero_()
             op.run(tensors, result.view(tuple(shape)), self.backend, 0, params)

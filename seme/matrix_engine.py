@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,7 @@ class MatrixEngine:
         self._output = _Output(self._write)
         self._written: Counter[str] = Counter()
         self._watch: Callable[[Progress], None] | None = None
+        self._counting = threading.Lock()  # what a GPU made is written by a thread of its own
 
     def run(self, watch: Callable[[Progress], None] | None = None) -> dict[str, Any] | None:
         """Run to the end; ``watch`` is called as tensors are written.
@@ -148,7 +150,8 @@ class MatrixEngine:
         before = torch.get_num_threads()
         torch.set_num_threads(self.options.threads)
         try:
-            with torch.inference_mode(), self._output:
+            metered = nullcontext() if self.place.gpu is None else self.place.gpu.metered()
+            with torch.inference_mode(), metered, self._output:
                 self._run()
                 self._output.wait()
                 return self.report.finish(self.context.bases)
@@ -262,10 +265,16 @@ class MatrixEngine:
     def _bases(self) -> SemanticBases:
         from seme.semantics.bases import SemanticBases
 
-        base = self.plan.models[self.plan.donor]
-        return SemanticBases.from_checkpoint(
-            base.checkpoint.path, device=self.place.device, roles=self.plan.config.roles
-        )
+        def make(device: str) -> SemanticBases:
+            base = self.plan.models[self.plan.donor]
+            return SemanticBases.from_checkpoint(base.checkpoint.path, device=device, roles=self.plan.config.roles)
+
+        gpu = self.place.gpu
+        if gpu is not None and bases_memory(self.plan) + rows_memory(self.place) <= gpu.limit:
+            with suppress(OutOfDeviceMemory), gpu.translated():
+                return make(gpu.name)
+            gpu.empty_cache()
+        return make("cpu")
 
     def _load(self, tensor: TensorPlan, device: str, model: int, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -324,10 +333,11 @@ class MatrixEngine:
         self.progress.done -= written
 
     def _count(self, written: int) -> None:
-        self.progress.written += written
-        self.progress.done += written
-        if self._watch is not None:
-            self._watch(self.progress)
+        with self._counting:
+            self.progress.written += written
+            self.progress.done += written
+            if self._watch is not None:
+                self._watch(self.progress)
 
     def _copy(self, tensor: TensorPlan) -> None:
         source = tensor.sources[0]

@@ -41,6 +41,9 @@ class FakeGpu(Gpu):
         self._request()
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN in every dtype
 
+    def metered(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def stream(self) -> Any:
         return _Stream()
 
@@ -79,6 +82,10 @@ class FakeGpu(Gpu):
     @property
     def held(self) -> int:
         return self._held
+
+    @property
+    def kept(self) -> int:
+        return self._kept
 
     def place(self, backend: str = "torch") -> Place:
         return Place(backend, "cpu", "a test", gpu=self)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,16 +16,19 @@ import pytest
 import torch
 
 import seme
-from seme import engine, gpu, matrix_engine
+from seme import engine, gpu, matrix_engine, merging
 from seme import plan as planning
 from seme.cli import main
 from seme.config import load
-from seme.engine import Options
+from seme.dtypes import float32
+from seme.engine import INT64, Options
 from seme.errors import BackendError, CheckpointError, ConfigError
 from seme.gpu import GpuRuntime
 from seme.methods import get
-from seme.native import BLOCK
-from seme.ops._op import Op, launcher
+from seme.native import BLOCK, View
+from seme.ops._op import Op, launcher, why_not
+from seme.ops.nonfinite import OP as NONFINITE
+from seme.ops.weighted_sum import OP as WEIGHTED_SUM
 from seme.plan import Plan
 from seme.runtime import OutOfDeviceMemory
 
@@ -68,7 +73,7 @@ class TestTheBytesOfTheCpu:
         fake = use(FakeGpu())
         seme.merge(recipe(name), "out", threads=3)
         assert files(Path("out")) == wanted
-        assert fake.held == fake.pinned == fake.reserved == 0
+        assert fake.held == fake.kept == fake.pinned == 0
         assert 0 < fake.peak <= fake.limit
 
     def test_by_one_worker_that_uses_its_buffers_again(
@@ -140,8 +145,109 @@ class TestChunksStay:
         models()
         once = 3 * sum(t.nbytes for t in tensors(0).values() if t.is_floating_point())
         assert self.read(FakeGpu(), use) == once
-        monkeypatch.setattr(FakeGpu, "spare", lambda *_: False)
-        assert self.read(FakeGpu(), use) == 3 * once
+        monkeypatch.setattr(FakeGpu, "keep", lambda *_: False)
+        # Of one element all is kept, which takes one pass.
+        single = 3 * sum(t.nbytes for t in tensors(0).values() if t.is_floating_point() and t.numel() == 1)
+        assert self.read(FakeGpu(), use) == 3 * once - 2 * single
+
+    def test_in_the_half_of_the_limit_that_is_not_for_buffers(self) -> None:
+        fake = FakeGpu(limit=100)
+        first, second, buffer = (fake.empty(n) for n in (40, 20, 40))
+        assert fake.keep([first])
+        assert not fake.keep([second])
+        del first
+        assert fake.keep([second])
+        assert (fake.held, fake.kept) == (60, 20)
+        del buffer, second
+        assert (fake.held, fake.kept) == (0, 0)
+
+
+def test_a_larger_result_takes_the_place_of_a_smaller_one() -> None:
+    fake = FakeGpu()
+    worker = GpuRuntime(1, 4096, fake, "torch")
+    counts, sums = array("q", [0]), array("f", bytes(4 * 1000))
+    worker.load([(0, float32)], 1000)
+    worker.run(NONFINITE, {}, [(0, float32)], 1000, View(counts.buffer_info()[0], 1, INT64), (1,))
+    params = {"weights": [1.0], "divisor": 1.0, "compute_dtype": float32}
+    worker.run(WEIGHTED_SUM, params, [(0, float32)], 1000, View(sums.buffer_info()[0], 1000, float32), (1000,))
+    assert fake.peak == fake.held == 8000
+    worker.close()
+
+
+def test_a_small_chunk_without_memory_does_not_make_all_small(
+    here: Path, use: Callable[..., FakeGpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And chunks are whole blocks, however odd the tensor."""
+    from .checkpoints import write
+
+    for module in (engine, gpu):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 64 * BLOCK)
+    made: list[engine.Engine] = []
+
+    class Made(engine.Engine):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(merging, "Engine", Made)
+    for n in (3, 11 * BLOCK + 1):
+        for i, folder in enumerate(("one", "two")):
+            write(Path(folder), {"w": torch.full((n,), float(i))})
+        config = {
+            "merge_method": "linear",
+            "models": [{"model": m, "parameters": {"weight": 1}} for m in ("one", "two")],
+        }
+        use(FakeGpu(fails=lambda n: n == 1))
+        seme.merge(config, "out", threads=1, overwrite=True)
+    assert [e.size for e in made] == [32 * BLOCK, 32 * BLOCK]
+
+
+def test_what_libraries_say_of_too_little_memory() -> None:
+    for said in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"):
+        with pytest.raises(OutOfDeviceMemory), FakeGpu().translated():
+            raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="illegal"), FakeGpu().translated():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_memory_is_asked_for_on_one_stream_and_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stream alone, torch makes device 0 the current one of a worker's thread afterwards."""
+    entered: list[Any] = []
+
+    class Context:
+        def __init__(self, what: Any) -> None:
+            self.what = what
+
+        def __enter__(self) -> None:
+            entered.append(self.what)
+
+        def __exit__(self, *_: object) -> None:
+            entered.remove(self.what)
+
+    asked: list[list[Any]] = []
+    streams = iter("abcdef")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 100))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: next(streams))
+    monkeypatch.setattr(torch.cuda, "device", Context)
+    monkeypatch.setattr(torch.cuda, "stream", Context)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: asked.append(list(entered)) or torch.zeros(1))
+    found = gpu.Gpu("cuda:1")
+    for worker in ("x", "y"):
+        with found.on(worker):
+            found.allocate(1)
+    assert [a[:2] for a in asked] == [["cuda:1", "x"], ["cuda:1", "y"]]
+    assert [a[2:] for a in asked] == [["cuda:1", "c"]] * 2
+    assert entered == []
+
+
+def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    reason = why_not("triton", "cuda")
+    assert reason is not None
+    assert "install gcc or clang, or set CC" in reason
+    monkeypatch.setenv("CC", "tcc")
+    assert why_not("triton", "cuda") is None
 
 
 def test_triton_kernels_are_launched_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +264,16 @@ def test_triton_kernels_are_launched_one_at_a_time(monkeypatch: pytest.MonkeyPat
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: launcher("weighted_sum", "triton")(), range(8)))
     assert most == [1]
+
+
+def test_what_a_merge_held_is_told(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models()
+    monkeypatch.setattr(gpu, "choose", lambda *_: replace(FakeGpu().place(), device="cuda:0"))
+    Path("recipe.yml").write_text(json.dumps(recipe("linear")))
+    assert main(["merge", "recipe.yml", "out"]) == 0
+    assert re.search(r"peak memory [\d.]+ MB, [\d.]+ [kM]B of cuda:0$", capsys.readouterr().out.strip())
 
 
 def test_the_smallest_chunk_must_fit(here: Path, use: Callable[..., FakeGpu]) -> None:
@@ -250,6 +366,30 @@ class TestMatrices:
         seme.merge(config, "out", threads=1)
         assert files(Path("out")) == wanted
 
+    def test_bases_that_do_not_fit_are_made_on_the_cpu(
+        self, folders: list[Path], here: Path, use: Callable[..., FakeGpu], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from seme.semantics.bases import SemanticBases
+
+        config = matrix_recipe(folders, parameters={"rule": "elect"})
+        wanted = on_cpu(config, threads=1)
+        real, asked = SemanticBases.from_checkpoint, []
+
+        def made(path: Path, *, device: str, **more: Any) -> SemanticBases:
+            asked.append(device)
+            if device == "cuda:0":
+                raise torch.OutOfMemoryError("planned")
+            return real(path, device=device, **more)
+
+        monkeypatch.setattr(SemanticBases, "from_checkpoint", made)
+        for limit, devices in ((None, ["cuda:0", "cpu"]), (1000, ["cpu"])):
+            asked.clear()
+            fake = use(FakeGpu(limit=limit), "cpu")
+            fake.name = "cuda:0"
+            seme.merge(config, "out", threads=1, overwrite=True)
+            assert files(Path("out")) == wanted
+            assert asked == devices
+
     def test_a_gpu_that_takes_nothing(self, folders: list[Path], here: Path, use: Callable[..., FakeGpu]) -> None:
         """In the end the tensor goes to the CPU; here that is refused as well, so the reason is told."""
         use(FakeGpu(fails=lambda n: True), "cpu")
@@ -340,6 +480,35 @@ class TestWhichDevice:
             gpu.choose(plan, 1, device="cuda:x")
         with pytest.raises(BackendError, match=r"^backend cpu: .* works on CPU tensors, not on cuda"):
             gpu.choose(plan, 1, "cpu", "cuda")
+
+    @pytest.mark.usefixtures("machine")
+    def test_a_gpu_that_is_full_or_does_not_start(self, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu, "CPU_BYTES", plan.bytes_read / 100)
+        place = gpu.choose(plan, 1)  # 80 % of 1 GiB
+        assert (place.device, place.gpu) == ("cpu", None)
+        assert place.why == "device cuda:0: 859.0 MB of its memory are for a merge"
+        assert gpu.choose(plan, 1, device="cuda").device == "cuda:0"
+
+        def busy(*_: object) -> None:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+        monkeypatch.setattr(gpu, "Gpu", busy)
+        assert gpu.choose(plan, 1).why == "device cuda: CUDA error: out of memory"
+        said = r"^device cuda: CUDA error: out of memory; free it, or use --device cpu$"
+        with pytest.raises(BackendError, match=said):
+            gpu.choose(plan, 1, device="cuda")
+        with pytest.raises(BackendError, match=said):
+            gpu.choose(plan, 1, backend="triton")
+
+    @pytest.mark.usefixtures("machine")
+    def test_more_models_than_cuda_takes(self, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu, "CUDA_MODELS", 2)
+        monkeypatch.setattr(gpu, "choose_backend", lambda *_: "cuda")
+        place = gpu.choose(plan, 1, device="cuda")
+        assert place.backend == "torch"
+        assert place.why == "device cuda asked for; backend cuda: takes 2 models, there are 4"
+        with pytest.raises(BackendError, match=r"^backend cuda: takes 2 models, there are 4; use triton, torch"):
+            gpu.choose(plan, 1, backend="cuda", device="cuda")
 
     def test_matrices_take_longer(self, folders: list[Path], plan: Plan) -> None:
         matrices = planning.make(load(matrix_recipe(folders)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -176,6 +177,8 @@ def why_not(backend: str, device: str) -> str | None:
             return "triton is not installed: pip install 'seme[triton]'"
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton runs on CPU tensors in its interpreter only: set TRITON_INTERPRET=1 before the first import"
+        if device == "cuda" and not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
+            return "Triton builds its launchers with a C compiler: install gcc or clang, or set CC"
         return None
     if backend == "cuda":
         if device != "cuda":
