@@ -273,7 +273,7 @@ def test_what_a_merge_held_is_told(
     monkeypatch.setattr(gpu, "choose", lambda *_: replace(FakeGpu().place(), device="cuda:0"))
     Path("recipe.yml").write_text(json.dumps(recipe("linear")))
     assert main(["merge", "recipe.yml", "out"]) == 0
-    assert re.search(r"peak memory [\d.]+ MB, [\d.]+ [kM]B of cuda:0$", capsys.readouterr().out.strip())
+    assert re.search(r"peak memory [\d.]+ [MG]B, [\d.]+ [kM]B of cuda:0$", capsys.readouterr().out.strip())
 
 
 def test_the_smallest_chunk_must_fit(here: Path, use: Callable[..., FakeGpu]) -> None:
