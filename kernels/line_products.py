@@ -1,7 +1,7 @@
 """line_products in Triton; the formula and its order of summation are in ``seme/ops/line_products.py``.
 
-One launch per pair of tensors, so that n = 2 reads each input once; a program sums one block of elements, or some
-columns of one.
+One launch per pair of tensors, so that n = 2 reads each input once. A program sums some blocks of elements at a time,
+or some columns of one block; a thread's part is accessed in 16 bytes where blocks are multiples of that.
 """
 
 from __future__ import annotations
@@ -34,34 +34,36 @@ def element(x, base, offsets, mask, RELATIVE: tl.constexpr, COMPUTE: tl.constexp
 
 @triton.jit
 def line_products_kernel(
-    x, y, base, out, n, i, j, count, length, RELATIVE: tl.constexpr, COMPUTE: tl.constexpr
+    x, y, base, out, n, i, j, count, length,
+    RELATIVE: tl.constexpr, COMPUTE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The entries (i, i), (i, j), (j, i) and (j, j) of the block's count x count matrix, for x = i and y = j.
+    """The entries (i, i), (i, j), (j, i) and (j, j) of each block's count x count matrix, for x = i and y = j.
 
     length: elements of a block.
     """
-    block = tl.program_id(0).to(tl.int64)
-    first = block * length
-    end = tl.minimum(n, first + length)
+    first = tl.program_id(0).to(tl.int64) * GROUP
+    block = first + tl.arange(0, GROUP)
     lanes = tl.arange(0, 64)
-    xx = tl.zeros([64], dtype=tl.float64)
-    xy = tl.zeros([64], dtype=tl.float64)
-    yy = tl.zeros([64], dtype=tl.float64)
+    xx = tl.zeros([GROUP, 64], dtype=tl.float64)
+    xy = tl.zeros([GROUP, 64], dtype=tl.float64)
+    yy = tl.zeros([GROUP, 64], dtype=tl.float64)
     # Unrolled so that several rows are on their way at once; the sums stay in order.
-    for row in tl.range(0, tl.cdiv(end - first, 64), loop_unroll_factor=8):
-        offsets = first + row * 64 + lanes
-        mask = offsets < end
+    for row in tl.range(0, tl.cdiv(tl.minimum(length, n - first * length), 64), loop_unroll_factor=4):
+        within = row * 64 + lanes
+        offsets = block[:, None] * length + within[None, :]
+        mask = (within < length)[None, :] & (offsets < n)
         a = element(x, base, offsets, mask, RELATIVE, COMPUTE)
         b = element(y, base, offsets, mask, RELATIVE, COMPUTE)
         xx += a * a
         xy += a * b
         yy += b * b
     matrix = out + block * count * count
-    cross = tl.sum(fold_lanes(xy, 1), axis=0)
-    tl.store(matrix + i * count + i, tl.sum(fold_lanes(xx, 1), axis=0))
-    tl.store(matrix + i * count + j, cross)
-    tl.store(matrix + j * count + i, cross)
-    tl.store(matrix + j * count + j, tl.sum(fold_lanes(yy, 1), axis=0))
+    there = block * length < n
+    cross = fold_lanes(xy, GROUP)
+    tl.store(matrix + i * count + i, fold_lanes(xx, GROUP), mask=there)
+    tl.store(matrix + i * count + j, cross, mask=there)
+    tl.store(matrix + j * count + i, cross, mask=there)
+    tl.store(matrix + j * count + j, fold_lanes(yy, GROUP), mask=there)
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def column_products_kernel(
     block = tl.program_id(0).to(tl.int64)
     first = block * length
     rows = (tl.minimum(n, first + length) - first) // columns
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    column = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     mask = column < columns
     xx = tl.zeros([WIDTH], dtype=tl.float64)
     xy = tl.zeros([WIDTH], dtype=tl.float64)
@@ -118,4 +120,5 @@ def launch(
             grid = (triton.cdiv(n, length), triton.cdiv(columns, shape.elements))
             column_products_kernel[grid](*arguments, columns, **common, WIDTH=shape.elements)
         else:
-            line_products_kernel[(triton.cdiv(n, length),)](*arguments, **common)
+            group = shape.elements // 64
+            line_products_kernel[(triton.cdiv(n, group * length),)](*arguments, **common, GROUP=group)

@@ -56,7 +56,7 @@ FLAT = {
         "ties": Flat(1024, 4),
         "tie_counts": Flat(1024, 4),
         "magnitude_histogram": Flat(1024, 4),
-        "line_products": Flat(256, 1),  # columns
+        "line_products": Flat(256, 1),  # columns, or 64 each of 4 rows
         "line_sum": Flat(1024, 4),
         "nearswap": Flat(1024, 4),
         "nonfinite": Flat(4096, 4),
@@ -70,7 +70,7 @@ FLAT = {
         "sce": Flat(1024, 4),
         "variance_histogram": Flat(1024, 4),
         "variance_ties": Flat(1024, 4),
-        "selected_squares": Flat(8192, 1),
+        "selected_squares": Flat(4 * 8192, 1),
     },
     90: {
         "weighted_sum": Flat(1024, 4),
@@ -78,7 +78,7 @@ FLAT = {
         "ties": Flat(1024, 4),
         "tie_counts": Flat(1024, 4),
         "magnitude_histogram": Flat(1024, 4),
-        "line_products": Flat(256, 1),  # columns
+        "line_products": Flat(256, 1),  # columns, or 64 each of 4 rows
         "line_sum": Flat(1024, 4),
         "nearswap": Flat(1024, 4),
         "nonfinite": Flat(4096, 4),
@@ -92,7 +92,7 @@ FLAT = {
         "sce": Flat(1024, 4),
         "variance_histogram": Flat(1024, 4),
         "variance_ties": Flat(1024, 4),
-        "selected_squares": Flat(8192, 1),
+        "selected_squares": Flat(4 * 8192, 1),
     },
 }
 

@@ -49,13 +49,13 @@ from triton.compiler import ASTSource
 from seme.native import BLOCK
 
 # Compute dtype, types of the tensors, and of the integers: a number that is 1 becomes a constant of the kernel. Where
-# it is not, the addresses and the number of elements are multiples of 16, as those of almost all weights are.
+# it is not, the addresses, the number of elements and their rows are multiples of 16, as those of almost all weights are.
 VARIANTS = (
     ("bfloat16", ("*bf16", "*bf16", "*bf16"), "i32"),
-    ("float16", ("*fp16", "*fp16"), "i64"),
+    ("float16", ("*fp16", "*fp16", "*fp16"), "i64"),
     ("float32", ("*bf16", "*fp16", "*fp32"), "i64"),
-    ("float32", ("*fp32", "*fp32"), 1),
-    ("float64", ("*fp64", "*fp32"), "i32"),
+    ("float32", ("*fp32", "*fp32"), 1),  # one task vector
+    ("float64", ("*fp64", "*fp32", "*fp32"), "i32"),
 )
 TABLES = dict.fromkeys(("factors", "reals", "weights"), "*fp64") | dict.fromkeys(
     ("cuts", "draws", "integers", "tie_ends", "thresholds", "counts", "total"), "*i64"
@@ -71,7 +71,7 @@ def kernels(capability):
     def entry(name, kernel, block=None, **constants):
         shape = tables.FLAT[capability][name]
         shape = shape.holding(block or shape.elements)
-        if name in ("inner_products", "trimmed_l1"):
+        if name in ("inner_products", "selected_squares", "trimmed_l1"):
             constants |= {"BLOCK": BLOCK, "GROUP": shape.elements // BLOCK}
         else:
             constants["BLOCK"] = shape.elements
@@ -83,7 +83,7 @@ def kernels(capability):
     yield entry("task_vector_sum", task_vector_sum.task_vector_sum_kernel, **whole | {"DRAWN": True})
     yield entry("inner_products", inner_products.inner_products_kernel)
     for relative in (0, 1):
-        yield entry("line_products", line_products.line_products_kernel, RELATIVE=bool(relative))
+        yield entry("line_products", line_products.line_products_kernel, RELATIVE=bool(relative), GROUP=4)
         yield entry("line_products", line_products.column_products_kernel, RELATIVE=bool(relative), WIDTH=256)
         for sets in ("row", "columns"):
             yield entry("line_sum", line_sum.line_sum_kernel, RELATIVE=relative, SETS=sets)
@@ -120,7 +120,7 @@ def compile_kernel(kernel, compute, tensors, integer, constants, launched, capab
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     attributes = {}
     for at, (name, kind) in enumerate(signature.items()):
-        if integer != 1 and (name in ("n", "out") or name in MODELS or name in ("x", "y")):
+        if integer != 1 and (name in MODELS or name in ("x", "y", "out", "n", "length", "columns", "row")):
             for place in [(at,)] if isinstance(kind, str) else [(at, i) for i in range(len(kind))]:
                 attributes[place] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -268,6 +268,7 @@ def main() -> None:
                         **describe(name, kernel.__name__, constants, compute, capability, compiled),
                         "tensors": [kind.removeprefix("*") for kind in tensors],
                         "integer": str(integer),
+                        "writes": name in WRITES,
                         "float_instructions": sorted(set(arithmetic)),
                         "accesses": sorted({"".join(access) for access in accesses}),
                         "narrow_offsets": narrow_offsets(compiled.asm["ttir"]),

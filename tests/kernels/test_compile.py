@@ -55,7 +55,8 @@ def test_division_is_there(compiled):
 
 
 def test_tensors_are_accessed_in_16_bytes(compiled):
-    """Where they and their length are multiples of 16; of single numbers, in tables and results, 8 bytes each."""
+    """Where they, their length and their rows are multiples of 16; of single numbers, in tables and results, 8 bytes
+    each."""
     wide = {"v4.b32", "v2.b64"}
     aligned = [k for k in compiled["kernels"] if k["integer"] != "1"]
     assert {k["kernel"] for k in aligned} == KERNELS
@@ -65,9 +66,8 @@ def test_tensors_are_accessed_in_16_bytes(compiled):
         )
         assert loads & wide, k
         assert loads <= wide | {"b64"}, k
-        whole = k["kernel"] in ("weighted_sum", "task_vector_sum", "ties")
-        assert stores <= (wide if whole else {"b64"}), k
-        assert stores or not whole, k
+        assert stores <= (wide if k["writes"] else wide | {"b64"}), k
+        assert stores or not k["writes"], k
 
 
 def test_offsets_are_64_bits_wide(compiled):
