@@ -49,7 +49,7 @@ from triton.compiler import ASTSource
 from seme.native import BLOCK
 
 # Compute dtype, types of the tensors, and of the integers: a number that is 1 becomes a constant of the kernel. Where
-# it is not, the addresses, the number of elements and their rows are multiples of 16, as those of almost all weights are.
+# it is not, the addresses, the number of elements and the rows are multiples of 16, as those of almost all weights are.
 VARIANTS = (
     ("bfloat16", ("*bf16", "*bf16", "*bf16"), "i32"),
     ("float16", ("*fp16", "*fp16", "*fp16"), "i64"),
