@@ -1,6 +1,7 @@
 """Triton kernels run in its interpreter where there is no GPU. It has to know before its first import."""
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -14,6 +15,10 @@ if not torch.cuda.is_available():
 # Nothing that a test computes is found by the next run, or left in the cache of the person who runs them.
 _CACHE = tempfile.TemporaryDirectory(prefix="seme-tests-")
 os.environ["SEME_CACHE"] = _CACHE.name
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; some tests raise it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
