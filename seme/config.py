@@ -679,6 +679,9 @@ def _condition(value: Any, where: str) -> Condition:
     return Condition(text, _scalar(inner, f"{where}.value"))
 
 
+YES, NO = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
+"""Text that mergekit takes for true and false; YAML itself reads some of it so."""
+
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
@@ -693,8 +696,8 @@ def convert(value: Scalar, kind: type, where: str) -> Scalar:
             return value
         if value in (0, 1):
             return bool(value)
-        if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off"):
-            return value.lower() in ("true", "yes", "on")
+        if isinstance(value, str) and value.lower() in YES + NO:
+            return value.lower() in YES
         raise ConfigError(f"{where}: {brief(value)}: expected true or false")
     if kind in (int, float):
         if isinstance(value, str) and _NUMBER.match(value.strip()):

@@ -218,7 +218,8 @@ class TestValues:
             convert(2.5, int, "here")
 
     @pytest.mark.parametrize(
-        ("value", "expected"), [(True, True), (0, False), (1, True), ("yes", True), ("OFF", False)]
+        ("value", "expected"),
+        [(True, True), (0, False), (1, True), ("yes", True), ("OFF", False), ("Y", True), ("0", False)],
     )
     def test_booleans(self, value: Any, expected: bool) -> None:
         assert convert(value, bool, "here") is expected

@@ -254,7 +254,6 @@ class TestWeights:
             ),
             ((1e300, 1), {"normalize": False}, "1e+300 is infinite in float32"),
             ((1, -1), {"merge_method": "task_arithmetic", "normalize": True}, "1.0, -1.0 add up to 0 for tensor"),
-            ((1, -1), {"merge_method": "ties"}, "1.0, -1.0 add up to 0 for tensor"),
             ((7e4, 1), {"merge_method": "ties", "dtype": "float16"}, "70000.0 is infinite in float16"),
             ((1e300, 1), {"merge_method": "iso_c"}, "1e+300 is infinite in float32"),
         ],
@@ -269,7 +268,11 @@ class TestWeights:
         [
             ((1, -1), {"normalize": False}),
             ((1, -1), {"merge_method": "task_arithmetic"}),
-            ((1, -1), {"merge_method": "ties", "normalize": False}),
+            ((1, -1), {"merge_method": "ties"}),  # divided by is what agrees, element by element, or 1
+            ((1, -1), {"merge_method": "breadcrumbs_ties", "normalize": True}),
+            ((1, -1), {"merge_method": "dare_ties", "normalize": True}),
+            ((1, -1), {"merge_method": "della"}),
+            ((1, -1), {"merge_method": "task_arithmetic", "normalize": True, "compat": "mergekit"}),
             ((0, 0), {"merge_method": "task_arithmetic", "normalize": True}),  # the base model
             ((0, 0), {"merge_method": "ties"}),
             ((1, -0.999), {}),
@@ -285,10 +288,23 @@ class TestWeights:
             self.plan((1, 1), merge_method="ties", **{"lambda": -1e300})
 
     @staticmethod
-    def plan(weights: Any, merge_method: str = "linear", dtype: str | None = None, **parameters: Any) -> Plan:
+    def plan(
+        weights: Any,
+        merge_method: str = "linear",
+        dtype: str | None = None,
+        compat: str | None = None,
+        **parameters: Any,
+    ) -> Plan:
         entries = [{"model": m, "parameters": {"weight": w}} for m, w in zip("ab", weights)]
         base = "base" if merge_method != "linear" else None
-        return plan(merge_method=merge_method, models=entries, base_model=base, dtype=dtype, parameters=parameters)
+        return plan(
+            merge_method=merge_method,
+            models=entries,
+            base_model=base,
+            dtype=dtype,
+            compat=compat,
+            parameters=parameters,
+        )
 
 
 class TestDtypes:

@@ -15,7 +15,7 @@ from seme.methods._registry import FRACTION, PerExpert, method
 from seme.methods._sparse import by_chance, merge_kept
 from seme.methods._sparse import reference as merged
 from seme.methods.dare_linear import parts
-from seme.methods.task_arithmetic import check
+from seme.methods.ties import check
 
 if TYPE_CHECKING:
     import torch

@@ -7,14 +7,15 @@ arXiv 2406.11617; Yadav et al. 2023, arXiv 2306.01708. Parameters, defaults and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
+from seme.methods import ties
 from seme.methods._passes import Group, Merge
 from seme.methods._registry import AT_LEAST_0, FRACTION, PerExpert, method
 from seme.methods._sparse import by_rank, merge_kept
 from seme.methods._sparse import reference as merged
-from seme.methods.della_linear import check, parts, unit
+from seme.methods.della_linear import check_chances, parts, unit
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,12 @@ def reference(
         rescale=rescale,
         lambda_=lambda_,
     )
+
+
+def check(group: Group, arguments: Mapping[str, Any]) -> None:
+    """Weights as of TIES, and the probabilities."""
+    ties.check(group, arguments)
+    check_chances(group, arguments)
 
 
 @method("della", reference=reference, source="https://arxiv.org/abs/2406.11617", check=check, unit=unit)

@@ -80,15 +80,20 @@ def reference(
     )
 
 
-def check(group: Group, arguments: Mapping[str, Any]) -> None:
+def check_chances(group: Group, arguments: Mapping[str, Any]) -> None:
     """Probabilities between 0 and 1, in the whole row, unless a task vector is kept or dropped as a whole."""
-    task_arithmetic.check(group, arguments)
     for density, epsilon in zip(arguments["density"], arguments["epsilon"]):
         if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
             raise ConfigError(
                 f"{group.name}: density {density} and epsilon {epsilon}: expected density - epsilon above 0 and "
                 f"density + epsilon below 1; give an epsilon below {min(density, 1 - density):g}"
             )
+
+
+def check(group: Group, arguments: Mapping[str, Any]) -> None:
+    """Weights as of task arithmetic, and the probabilities."""
+    task_arithmetic.check(group, arguments)
+    check_chances(group, arguments)
 
 
 def unit(shape: tuple[int, ...], arguments: Mapping[str, Any]) -> int:

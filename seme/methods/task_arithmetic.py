@@ -50,9 +50,12 @@ def normalizer(compute: DType, weights: Sequence[float]) -> float:
 
 
 def check(group: Group, arguments: Mapping[str, Any]) -> None:
-    """Weights in the compute dtype, which they are rounded to; all of them 0 give the base model."""
+    """Weights in the compute dtype, which they are rounded to; all of them 0 give the base model.
+
+    Of weights that add up to 0 mergekit divides by 1.
+    """
     check_finite(group, "weight", arguments["weight"], group.compute_dtype)
-    if arguments["normalize"] and any(arguments["weight"]):
+    if arguments["normalize"] and any(arguments["weight"]) and not group.compat:
         check_sum(group, arguments["weight"], group.compute_dtype)
 
 

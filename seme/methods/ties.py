@@ -11,14 +11,14 @@ election. Among equal magnitudes at the threshold those of lowest index are kept
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from seme.methods._passes import Group, Merge
 from seme.methods._registry import FRACTION, PerExpert, method
 from seme.methods._sparse import by_magnitude, merge_kept
 from seme.methods._sparse import reference as merged
-from seme.methods.task_arithmetic import check
+from seme.methods._weights import check_finite
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,11 @@ def reference(
         mask[order[: kept_count(d, delta.numel())]] = True
         kept.append((delta, mask.reshape(delta.shape)))
     return merged(origin, kept, elect=True, weight=weight, normalize=normalize, rescale=rescale, lambda_=lambda_)
+
+
+def check(group: Group, arguments: Mapping[str, Any]) -> None:
+    """Weights in the compute dtype. Those that agree may add up to 0: then the op divides by 1, as mergekit does."""
+    check_finite(group, "weight", arguments["weight"], group.compute_dtype)
 
 
 @method("ties", reference=reference, source="https://arxiv.org/abs/2306.01708", check=check)

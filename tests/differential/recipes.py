@@ -281,6 +281,14 @@ models:
 base_model: $base
 parameters: {density: 0.7}
 """,
+    "weights-cancel": """
+merge_method: ties
+models:
+  - {model: $a, parameters: {weight: 0.5}}
+  - {model: $c, parameters: {weight: -0.5}}
+base_model: $base
+parameters: {density: 0.7}
+""",
     "extreme-densities": """
 merge_method: ties
 models:

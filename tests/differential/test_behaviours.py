@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import seme
+from seme.errors import ConfigError
 
 from ..checkpoints import read, write
 from .families import FAMILIES
@@ -53,6 +54,22 @@ def test_ties_keeps_the_only_element_of_a_tensor(density: float) -> None:
     states = [{"w": torch.tensor([x])} for x in (1.0, 3.0)]
     found = seme.merge_state_dicts(states, "ties", base=0, parameters={"weight": 0.5, "density": density})
     assert found["w"].tolist() == [3]  # the weights that agree add up to 0.5, by which is divided
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "breadcrumbs"])
+def test_weights_that_add_up_to_0_are_not_divided_by(
+    method: str, model: Callable[[str, str, str], Path], oracle: Oracle, tmp_path: Path
+) -> None:
+    """By default that is an error of the recipe."""
+    base, a, c = (model("llama", m, "float32") for m in ("base", "a", "c"))
+    text = (
+        f"merge_method: {method}\nbase_model: {base}\nmodels: [{{model: {a}, parameters: {{weight: 0.5}}}}, "
+        f"{{model: {c}, parameters: {{weight: -0.5}}}}]\nparameters: {{normalize: true}}\ncompat: mergekit\n"
+    )
+    ours, theirs = (read(folder) for folder in run_both(text, oracle, tmp_path))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(ConfigError, match=r"add up to 0 for tensor .* set normalize: false"):
+        seme.merge(text.replace("compat: mergekit", ""), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("t", "end"), [(0, 0), (1, 1)])
