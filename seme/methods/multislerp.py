@@ -22,7 +22,6 @@ from seme.methods._lines import WHOLE
 from seme.methods._passes import Group, Merge
 from seme.methods._registry import AT_LEAST_0, PerExpert, method
 from seme.methods._weights import check_finite, check_sum
-from seme.methods.task_arithmetic import normalizer
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +103,9 @@ def merge(
     if len(group.experts) == 1:
         yield WHOLE.write(group, group.experts, False, [[1.0]])
         return
-    divisor = normalizer(group.compute_dtype, weight) if normalize_weights else 1.0
-    rounded = [dtypes.round_to(group.compute_dtype, w) / divisor for w in weight]
+    rounded = [dtypes.round_to(group.compute_dtype, w) for w in weight]
+    if normalize_weights:
+        rounded = [w / math.fsum(rounded) for w in rounded]
     relative = group.base is not None
     order = (group.base, *group.experts) if group.base is not None else group.experts
     found = yield WHOLE.products(group, order, relative)

@@ -35,14 +35,16 @@ def reference(
     merged = torch.zeros_like(origin)
     for delta, mask in zip(deltas, changed):
         alone, shared = mask & (count == 1), mask & (count > 1)
-        rho = float(shared.sum()) / max(float(alone.sum()), epsilon)
+        rho = float(shared.sum()) / max(float(alone.sum()), epsilon) if alone.any() else 0.0
         scale = 1 + r * min(max(rho, 0.0), alpha)
         merged += scale * delta * alone + delta * shared / count.clamp(min=1)
     return origin + merged
 
 
 def scale(shared: int, alone: int, r: float, alpha: float, epsilon: float) -> float:
-    """What a model's own changes are multiplied by; each operation in float32."""
+    """What a model's own changes are multiplied by, if there are any; each operation in float32."""
+    if not alone:
+        return 1.0
     rho = round_to(float32, round_to(float32, shared) / max(round_to(float32, alone), round_to(float32, epsilon)))
     bounded = min(max(rho, 0.0), round_to(float32, alpha))
     return round_to(float32, 1 + round_to(float32, round_to(float32, r) * bounded))

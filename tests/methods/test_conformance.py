@@ -25,6 +25,7 @@ ARGUMENTS = {
     "model_stock": [{}, {"filter_wise": True}],
     "multislerp": [
         {"weight": [0.25, 0.5, 0.25]},
+        {"weight": 1e-9},
         {"weight": [0.25, 0.5], BASE: True},
         {"weight": [0.75, 0.25], BASE: True, "normalize_weights": False},
     ],
@@ -43,7 +44,7 @@ ARGUMENTS = {
     "ties": [{"weight": [0.5, 0.25], "density": [0.25, 0.75]}, {"weight": [1.0, 1.0]}],
     "arcee_fusion": [{}],
     "ram": [{"epsilon": 0.1}],
-    "ramplus_tl": [{"epsilon": 0.5, "r": 0.5, "alpha": 5.0}, {}],
+    "ramplus_tl": [{"epsilon": 0.5, "r": 0.5, "alpha": 5.0}, {}, {"epsilon": 0}],
     "sce": [{}, {"select_topk": 0.4}],
     "seme": [{}, {"weight": [0.5, 2.0], "rho": 0.3, "lambda": 0.5}],
     "tsv_m": [{}],
@@ -114,6 +115,25 @@ def test_all_inputs_equal_give_that_input(name, case):
     # slerp and linear multiply by coefficients that add up to one only to within rounding. One model may be scaled.
     scale = case.get("scale", [1.0])[0]
     assert (run(name, tensors, case) - scale * tensors[0]).abs().max() <= 4 * 2.0**-24
+
+
+@pytest.mark.parametrize("what", ["zeros", "one changes nothing", "opposite", "opposite task vectors"])
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_vectors_without_a_direction_or_of_opposite_ones_give_finite_numbers(name, case, what):
+    tensors = inputs(name, case)
+    if what == "zeros":
+        tensors[:2] = [torch.zeros_like(t) for t in tensors[:2]]
+    elif what == "one changes nothing":
+        tensors[1:2] = tensors[:1] if len(tensors) > 1 else []
+    elif what == "opposite":
+        tensors[1:2] = [-tensors[0]] if len(tensors) > 1 else []
+    else:
+        tensors[2:] = [2 * tensors[0] - tensors[1]] if len(tensors) > 2 else []
+    found = run(name, tensors, case)
+    assert found.isfinite().all()
+    # Lengths are kept, signs agree, or a part of a task vector is scaled to the length of the whole; singular vectors
+    # are weighted alike. A division by a rounding error would give millions.
+    assert found.abs().max() <= 16 * max(t.abs().max() for t in tensors)
 
 
 @pytest.mark.parametrize(
