@@ -49,8 +49,9 @@ def read(recipe: Recipe, **keys: Any) -> list[Step]:
         ConfigError: a mistake in a recipe or a name, or recipes that need each other.
     """
     found = documents(recipe)
-    if len(found) == 1:
-        return [Step(None, override(parse(*found[0]), **keys), ())]
+    if len(found) == 1:  # of which nobody asks for the name
+        data = {k: v for k, v in found[0][0].items() if k != "name"}
+        return [Step(None, override(parse(data, found[0][1]), **keys), ())]
     names = [_name(data, i) for i, (data, _) in enumerate(found)]
     unnamed = [i for i, name in enumerate(names) if name is None]
     if len(unnamed) > 1:

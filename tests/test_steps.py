@@ -13,7 +13,7 @@ import torch
 import seme
 from seme import cli
 from seme.config import MergeConfig
-from seme.errors import CheckpointError, ConfigError, SemeError, TargetError
+from seme.errors import CheckpointError, SemeError, TargetError
 from seme.steps import read as read_steps
 from seme.steps import run as run_steps
 
@@ -134,9 +134,11 @@ def test_mistakes_are_found_before_anything_is_made(documents: list[dict[str, An
     assert sorted(p.name for p in Path().iterdir()) == ["a", "b", "base"]
 
 
-def test_a_name_without_others_is_no_key() -> None:
-    with pytest.raises(ConfigError, match=r"^name: unknown key"):
-        seme.merge(TWO.partition("---")[0], "out")
+def test_a_name_without_others_has_no_effect() -> None:
+    """mergekit-yaml does not look at it, and recipes in model cards often have one."""
+    seme.merge(TWO.partition("---")[0], "out")
+    seme.merge(TWO.partition("---")[0].replace("name: mean", ""), "plain")
+    assert Path("out/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()
 
 
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
