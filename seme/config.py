@@ -612,9 +612,11 @@ def _token_rule(value: Any, where: str) -> TokenRule:
     _check_keys(source, ("kind", "model", "token", "token_id"), f"{where_source}.")
     given = [source[k] for k in ("token", "token_id") if source.get(k) is not None]
     kinds = (("token", str), ("token_id", int))
-    if len(given) != 1 or not any(isinstance(source.get(k), t) and source[k] is not True for k, t in kinds):
+    fits = any(isinstance(source.get(k), t) and not isinstance(source[k], bool) for k, t in kinds)
+    if len(given) > 1 or (given and not fits):
         raise ConfigError(f"{where_source}: expected one of token, a text, and token_id, a whole number")
-    return TokenRule(True, _ref(source.get("model"), f"{where_source}.model"), given[0], bool(force), where)
+    token = given[0] if given else None
+    return TokenRule(True, _ref(source.get("model"), f"{where_source}.model"), token, bool(force), where)
 
 
 def _chat_template(value: Any) -> str | None:

@@ -376,7 +376,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "tokenizer.tokens.x.source.model: unknown key; known: kind",
     ),
     (
-        {"tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "a"}}}}},
+        {"tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "a", "token": 3}}}}},
         "tokenizer.tokens.x.source: expected one of token, a text, and token_id, a whole number",
     ),
     ({"tokenizer_source": 5}, "tokenizer_source: expected a path or a hub id, found 5"),

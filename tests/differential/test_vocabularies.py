@@ -117,6 +117,7 @@ tokenizer:
     a: {source: $b}
     x: {source: $b}
     c: {source: $b, force: true}
+    e: {source: {kind: model_token, model: $b}, force: true}  # its own row there
     d: {source: {kind: model_token, model: $a, token: y}}
     f: {source: {kind: model_token, model: $b, token_id: 2}, force: true}
 """,
