@@ -7,6 +7,7 @@ architectures.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections import Counter
@@ -25,7 +26,7 @@ from seme.errors import CheckpointError, ConfigError, TargetError, brief
 from seme.methods import Group, Method, Param, get
 from seme.ops._op import Spec
 from seme.roles import TensorRole, latent, layer, layers, roles
-from seme.sections import TEXT_CONFIGS, choose, modules, moved, stack, with_layers
+from seme.sections import TEXT_CONFIGS, LayerIndex, choose, modules, with_layers
 from seme.sizes import format_size
 from seme.sources import Gathered, Source, StoredTensor
 from seme.vocabulary import Alignment, align, rows_of, vocabulary_tensors
@@ -80,6 +81,11 @@ class Model:
     checkpoint: Checkpoint
     tensors: Mapping[str, Source]
     adapter: Checkpoint | None = None
+
+    @functools.cached_property
+    def embeddings(self) -> tuple[Source, ...]:
+        """Those of its tensors whose names say that they are an input embedding."""
+        return tuple(t for t in self.tensors.values() if _ends(t.name, EMBEDDINGS))
 
     def close(self) -> None:
         """Close the files."""
@@ -153,7 +159,7 @@ class Plan:
     bytes_read: int
     notes: tuple[str, ...]
 
-    @property
+    @functools.cached_property
     def inputs(self) -> int:
         """The most inputs that a tensor has."""
         return max((len(t.sources) for t in self.tensors), default=0)
@@ -253,13 +259,15 @@ def _refs(config: MergeConfig, sections: tuple[Section, ...]) -> list[ModelRef]:
     """Every model of the recipe once, in its order."""
     found: list[ModelRef] = []
     listed = [e.ref for section in sections for s in section.slices for e in s.entries]
-    for ref in (*listed, *([config.base_model] if config.base_model is not None else [])):
+    for ref in dict.fromkeys((*listed, *([config.base_model] if config.base_model is not None else []))):
         if not any(same_model(ref, other) for other in found):
             found.append(ref)
     return found
 
 
 def _position(ref: ModelRef, refs: list[ModelRef]) -> int:
+    if ref in refs:  # spelt so, which asks the file system nothing
+        return refs.index(ref)
     return next(i for i, other in enumerate(refs) if same_model(other, ref))
 
 
@@ -389,6 +397,7 @@ def _targets(
     model_config = dict(models[donor].checkpoint.config)
     found: list[_Target] = []
     for section, module in zip(sections, chosen):
+        parts: dict[int, LayerIndex] = {}  # of the models, once for all slices
         start = 0
         origin: list[tuple[Mapping[str, Any], int]] = []
         for number, part in enumerate(section.slices):
@@ -397,8 +406,9 @@ def _targets(
             ends = number == 0, number == len(section.slices) - 1
             views = []
             for i, entry in zip(used, entries):
-                names = [n for n in models[i].tensors if kinds[i].get(n, "") == module]
-                views.append(_view(models[i], names, entry, section.where, start, ends))
+                if i not in parts:
+                    parts[i] = LayerIndex(n for n in models[i].tensors if kinds[i].get(n, "") == module)
+                views.append(_view(models[i], parts[i], entry, section.where, start, ends))
             lead = _lead(config, part)
             vocabulary: set[str] = set()
             if alignment is not None:
@@ -474,18 +484,17 @@ def _lead(config: MergeConfig, part: Slice) -> int:
     return next((i for i, e in enumerate(part.entries) if ref is not None and same_model(e.ref, ref)), 0)
 
 
-def _view(model: Model, names: list[str], entry: ModelEntry, where: str, start: int, ends: tuple[bool, bool]) -> _View:
+def _view(model: Model, part: LayerIndex, entry: ModelEntry, where: str, start: int, ends: tuple[bool, bool]) -> _View:
     """What a slice, whose first layer has the number ``start`` in the output, takes of these tensors of a model;
     ``ends``: whether it is the first slice, the last one."""
     if entry.layers is None:
-        return _View(model, {n: model.tensors[n] for n in names}, {})
-    of = stack(names, where)
-    count = of[1] if of is not None else 0
+        return _View(model, {n: model.tensors[n] for n in part.names}, {})
+    count = part.count(where)
     if entry.layers.stop > count:
         raise ConfigError(
             f"{entry.where}.layer_range: [{entry.layers.start}, {entry.layers.stop}]; {model.ref} has {count} layers"
         )
-    own = moved(names, of, entry.layers, start, *ends)
+    own = part.moved(entry.layers, start, *ends)
     return _View(model, {n: model.tensors[o] for n, o in own.items()}, own)
 
 
@@ -507,12 +516,12 @@ def _check_recipe(config: MergeConfig, method: Method, sections: tuple[Section, 
             where = f"{part.where}.sources" if section.sliced else part.where
             method.check_inputs(len(part.entries), base is not None, where)
     own = [entry.parameters for section in sections for s in section.slices for entry in s.entries]
-    for given in (*shared, *own):
+    for number, given in enumerate((*shared, *own)):
         for name, parameter in given.items():
             found = method.param(name)
             if found is None:
                 raise ConfigError(f"{parameter.where}: {method.name} has no such parameter{suggest(name, known)}")
-            if found.scope == "shared" and not any(given is s for s in shared):
+            if found.scope == "shared" and number >= len(shared):
                 raise ConfigError(f"{parameter.where}: shared by all models; move it to the top-level parameters")
             for value in parameter.scalars():
                 found.convert(value, parameter.where)
@@ -612,8 +621,8 @@ def _ends(name: str, endings: tuple[str, ...]) -> bool:
 
 def _embedding(model: Model, head: Source, free: bool = False) -> Source | None:
     """The input embedding that a head of this shape may be tied to; ``free``: with another number of rows."""
-    for tensor in model.tensors.values():
-        if _ends(tensor.name, EMBEDDINGS) and (tensor.shape == head.shape or (free and _same_rows(tensor, head))):
+    for tensor in model.embeddings:
+        if tensor.shape == head.shape or (free and _same_rows(tensor, head)):
             return tensor
     return None
 
@@ -623,14 +632,13 @@ def _same_rows(a: Source, b: Source) -> bool:
     return len(a.shape) == len(b.shape) and (a.shape[1:] == b.shape[1:] or a.shape[0] == b.shape[0] == 1)
 
 
+def _memory(tensor: Source) -> tuple[int, int] | None:
+    """What two tensors of a ``.bin`` checkpoint have in common that are one memory (tied weights); None elsewhere."""
+    return tensor.checkpoint.memory(tensor.name) if isinstance(tensor, StoredTensor) else None
+
+
 def _one_memory(x: Source, y: Source) -> bool:
-    """True if two tensors of a ``.bin`` checkpoint are one memory (tied weights)."""
-    return (
-        isinstance(x, StoredTensor)
-        and isinstance(y, StoredTensor)
-        and x.checkpoint is y.checkpoint
-        and x.checkpoint.shares_storage(x.name, y.name)
-    )
+    return _memory(x) is not None and _memory(x) == _memory(y)
 
 
 def _same_bytes(x: Source, y: Source) -> bool:
@@ -671,7 +679,8 @@ def _tensor_names(
     models = [v.model for v in views]
     stored = [dict(v.tensors) for v in views]
     everywhere = set.intersection(*(set(s) for s in stored))
-    for model, tensors in zip(models, stored):
+    for view, tensors in zip(views, stored):
+        model, shared = view.model, _memories(view.tensors, everywhere)
         for name in list(tensors):
             if name not in everywhere and _ends(name, RECOMPUTED):
                 del tensors[name]
@@ -679,7 +688,7 @@ def _tensor_names(
             elif _ends(name, HEADS) and _ties(models[lead], name) and _is_copy(model, tensors[name]):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, it is the tied input embedding")
-            elif name not in everywhere and (twin := _twin(tensors[name], {n: tensors[n] for n in everywhere})):
+            elif name not in everywhere and (twin := _twin(tensors[name], shared)):
                 del tensors[name]
                 notes.append(f"{name} of {model.ref}: left out, it is {twin} again")
     found: dict[str, tuple[Source, ...]] = {}
@@ -695,15 +704,22 @@ def _tensor_names(
     return found
 
 
-def _twin(tensor: Source, others: Mapping[str, Source]) -> str | None:
-    """Which of ``others`` a tensor of a ``.bin`` file is one memory with: it stores tied tensors under every name. What
-    a head is tied to is decided elsewhere."""
-    if _ends(tensor.name, HEADS):
+def _memories(tensors: Mapping[str, Source], names: Collection[str]) -> dict[tuple[int, int], list[Source]]:
+    """Those of the tensors in ``names`` that lie in ``.bin`` files, by their memory."""
+    found: dict[tuple[int, int], list[Source]] = {}
+    for name, tensor in tensors.items():
+        if name in names and (memory := _memory(tensor)) is not None:
+            found.setdefault(memory, []).append(tensor)
+    return found
+
+
+def _twin(tensor: Source, shared: Mapping[tuple[int, int], Sequence[Source]]) -> str | None:
+    """Which other tensor one of a ``.bin`` file is one memory with: it stores tied tensors under every name. What a
+    head is tied to is decided elsewhere."""
+    memory = _memory(tensor)
+    if memory is None or _ends(tensor.name, HEADS):
         return None
-    for name, other in others.items():
-        if _one_memory(tensor, other) and _same_bytes(tensor, other):
-            return name
-    return None
+    return next((other.name for other in shared.get(memory, ()) if _same_bytes(tensor, other)), None)
 
 
 def _more(names: list[str]) -> str:

@@ -97,48 +97,53 @@ def _alias(name: str, found: Mapping[str, str]) -> str | None:
     return next((module for tensor, module in found.items() if name in tensor.split(".")), None)
 
 
-def stack(names: Iterable[str], where: str) -> tuple[str, int] | None:
-    """The stack of layers in these tensors and their number; None without layers.
-
-    Raises:
-        ConfigError: there are several.
-    """
-    found = layers(names)
-    if len(found) > 1:
-        listed = ", ".join(f"{s} ({n})" for s, n in found.items())
-        raise ConfigError(f"{where}: the model has several stacks of layers: {listed}; write modules, or models")
-    return next(iter(found.items()), None)
-
-
 def before(name: str) -> bool:
     """True if a tensor outside of the layers comes before them, and so belongs to the first slice."""
     return _BEFORE.search(name) is not None and _AFTER.search(name) is None
 
 
-def moved(
-    names: Iterable[str], of: tuple[str, int] | None, span: range, start: int, first: bool, last: bool
-) -> dict[str, str]:
-    """What a slice takes of a model: by the name in the output, the name in the model.
+class LayerIndex:
+    """The tensors of a module by layer, so that a slice need not look at all of them.
 
-    Args:
-        names: tensors of the module.
-        of: its stack, as :func:`stack` gives it.
-        span: the layers.
-        start: number of the first of them in the output.
-        first: what comes before the layers belongs to it.
-        last: what comes after them belongs to it.
+    Attributes:
+        names: all of them, in the order given.
     """
-    found = {}
-    for name in names:
-        place = layer(name)
-        if place is None:
-            if first if before(name) else last:
-                found[name] = name
-        elif of is not None and place[0] == of[0] and place[1] in span:
-            prefix = f"{of[0]}." if of[0] else ""
-            rest = name[len(f"{prefix}{place[1]}") :]
-            found[f"{prefix}{start + place[1] - span.start}{rest}"] = name
-    return found
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self.stacks = layers(self.names)
+        self._of: dict[int | None, list[tuple[int, str]]] = {}  # with places in the order
+        for place in enumerate(self.names):
+            found = layer(place[1])
+            self._of.setdefault(None if found is None else found[1], []).append(place)
+
+    def count(self, where: str) -> int:
+        """Number of layers.
+
+        Raises:
+            ConfigError: there are several stacks of them.
+        """
+        if len(self.stacks) > 1:
+            listed = ", ".join(f"{s} ({n})" for s, n in self.stacks.items())
+            raise ConfigError(f"{where}: the model has several stacks of layers: {listed}; write modules, or models")
+        return next(iter(self.stacks.values()), 0)
+
+    def moved(self, span: range, start: int, first: bool, last: bool) -> dict[str, str]:
+        """What a slice takes of the one stack: by the name in the output, the name in the model.
+
+        Args:
+            span: the layers.
+            start: number of the first of them in the output.
+            first: what comes before the layers belongs to it.
+            last: what comes after them belongs to it.
+        """
+        taken = [(at, name, name) for at, name in self._of.get(None, ()) if (first if before(name) else last)]
+        stack = next(iter(self.stacks), "")
+        prefix = f"{stack}." if stack else ""
+        for i in span:
+            skip, number = len(f"{prefix}{i}"), start + i - span.start
+            taken += [(at, f"{prefix}{number}{name[skip:]}", name) for at, name in self._of.get(i, ())]
+        return {new: name for _, new, name in sorted(taken)}
 
 
 # --- config.json -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,11 @@ import torch
 
 from seme import plan as planning
 from seme.config import load
+from seme.engine import Options
 from seme.errors import CheckpointError, ConfigError, SemeError, TargetError
+from seme.merging import ready
 from seme.plan import SAME_TENSORS, Plan, TensorPlan
+from seme.report.plan import plan_as_text
 from seme.sources import Gathered, Rows, StoredTensor
 
 from .checkpoints import CONFIG, decoder, tokenizer, write
@@ -462,6 +466,63 @@ class TestTensors:
         made = plan()
         assert [t.name for t in made.tensors] == list(names)
         assert made.notes == ()
+
+    def test_one_that_only_one_model_has_is_named_beside_copies_of_a_tied_head(self, models: Path) -> None:
+        for seed, name in enumerate(("a", "b")):
+            tensors = decoder(seed, head=False)
+            tensors[HEAD] = tensors[EMBED].clone()
+            other = {"other.weight": torch.ones(2)} if name == "b" else {}
+            write(Path(name), {**tensors, **other}, {**CONFIG, "tie_word_embeddings": True})
+        with pytest.raises(CheckpointError, match=r"^b/model.safetensors: tensor other.weight is not in a; "):
+            plan()
+
+
+def work(config: dict[str, Any], models: list[str], scratch: Path) -> int:
+    """Calls of functions, C ones included, that planning takes; imports and caches made before do not count."""
+    recipe = load({"models": [{"model": m} for m in models], **config} if "slices" not in config else config)
+
+    def once() -> None:
+        made = planning.make(recipe, scratch)
+        made.close()
+        place = ready(made, Options(), "cpu", "cpu")
+        plan_as_text(made, Options(), place)
+
+    once()
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        once()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"merge_method": "linear", "parameters": {"weight": [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 1}]}},
+        {"merge_method": "linear", "parameters": {"weight": 1}, "tokenizer_source": "union"},
+        {"merge_method": "seme", "base_model": "base"},
+        {"merge_method": "linear", "parameters": {"weight": 1}, "slices": 1},
+    ],
+)
+def test_the_work_grows_with_the_number_of_tensors(config: dict[str, Any], models: Path) -> None:
+    counts = []
+    for layers in (12, 36):
+        for seed, name in enumerate(("base", "a", "b")):
+            write(Path(name), decoder(seed, layers=layers), {**CONFIG, "num_hidden_layers": layers})
+            tokenizer(Path(name), [f"t{i}" for i in range(17)])
+        if "slices" in config:  # one for each layer
+            sources = [[{"model": m, "layer_range": [i, i + 1]} for m in ("a", "b")] for i in range(layers)]
+            config = {**config, "slices": [{"sources": s} for s in sources]}
+        counts.append(work(config, ["a", "b"], models / "out"))
+    # Three times as many layers; what does not depend on their number only makes it less.
+    assert counts[1] <= 3 * counts[0]
 
 
 class TestConfigs:

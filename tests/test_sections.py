@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from seme.errors import CheckpointError, ConfigError
-from seme.sections import before, choose, modules, moved, stack, with_layers
+from seme.sections import LayerIndex, before, choose, modules, with_layers
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,23 @@ def test_layers_move_and_the_ends_go_with_the_first_and_the_last_slice() -> None
         "ln_f.weight",
         "lm_head.weight",
     ]
-    of = stack(names, "slices")
-    assert of == ("h", 3)
-    assert moved(names, of, range(1, 3), 5, first=False, last=False) == {
+    index = LayerIndex(names)
+    assert index.count("slices") == 3
+    assert index.moved(range(1, 3), 5, first=False, last=False) == {
         f"h.{i + 4}.experts.{j}.w": f"h.{i}.experts.{j}.w" for i in (1, 2) for j in range(2)
     }
-    assert list(moved(names, of, range(0), 0, first=True, last=False)) == ["wte.weight"]
-    assert list(moved(names, of, range(0), 0, first=False, last=True)) == ["ln_f.weight", "lm_head.weight"]
-    assert moved(["0.w", "1.w", "out.w"], ("", 2), range(1, 2), 3, first=False, last=False) == {"3.w": "1.w"}
-    assert stack(["a.weight"], "slices") is None
+    assert list(index.moved(range(0), 0, first=True, last=False)) == ["wte.weight"]
+    assert list(index.moved(range(0), 0, first=False, last=True)) == ["ln_f.weight", "lm_head.weight"]
+    assert LayerIndex(["0.w", "1.w", "out.w"]).moved(range(1, 2), 3, first=False, last=False) == {"3.w": "1.w"}
+    assert LayerIndex(["a.weight"]).count("slices") == 0
     with pytest.raises(ConfigError, match=r"^slices: the model has several stacks of layers: a \(1\), b \(2\); write"):
-        stack(["a.0.w", "b.1.w"], "slices")
+        LayerIndex(["a.0.w", "b.1.w"]).count("slices")
+
+
+def test_a_slice_has_the_order_of_the_files() -> None:
+    names = ["lm_head.weight", "h.10.w", "h.2.w", "h.2.b", "wte.weight", "h.0.w", "ln_f.weight"]
+    found = LayerIndex(names).moved(range(0, 11), 0, first=True, last=True)
+    assert list(found.items()) == [(name, name) for name in names]
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "transformer.wpe.weight", "vision.class_embedding"])

@@ -98,15 +98,12 @@ class Checkpoint:
             listed.append(Stored(name, dtype, tuple(tensor.shape), file, 0, tensor.numel() * dtype.itemsize))
         return listed
 
-    def shares_storage(self, a: str, b: str) -> bool:
-        """True if two tensors of a ``.bin`` checkpoint are one memory (tied weights)."""
-        if a not in self._loaded or b not in self._loaded:
-            return False
-        x, y = self._loaded[a], self._loaded[b]
-        return (
-            x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
-            and x.storage_offset() == y.storage_offset()
-        )
+    def memory(self, name: str) -> tuple[int, int] | None:
+        """Where a tensor of a ``.bin`` checkpoint begins, (storage, element); tied weights begin at one place."""
+        if name not in self._loaded:
+            return None
+        tensor = self._loaded[name]
+        return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
 
     def read_into(self, tensor: Stored, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of ``tensor`` from byte ``start`` on. Safe from many threads.

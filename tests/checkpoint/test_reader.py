@@ -115,12 +115,12 @@ def test_shared_storage_is_seen(tmp_path: Path) -> None:
     x = torch.arange(6.0)
     torch.save({"a": x, "b": x, "c": x[1:], "d": x.clone()}, tmp_path / "x.bin")
     with Checkpoint(tmp_path / "x.bin") as checkpoint:
-        assert checkpoint.shares_storage("a", "b")
-        assert not checkpoint.shares_storage("a", "c")
-        assert not checkpoint.shares_storage("a", "d")
-        assert not checkpoint.shares_storage("a", "none")
+        assert checkpoint.memory("a") == checkpoint.memory("b") is not None
+        assert checkpoint.memory("a") != checkpoint.memory("c")
+        assert checkpoint.memory("a") != checkpoint.memory("d")
+        assert checkpoint.memory("none") is None
     with Checkpoint(lay_out(tmp_path, "single")) as checkpoint:
-        assert not checkpoint.shares_storage("a.weight", "b.weight")
+        assert checkpoint.memory("a.weight") is None
 
 
 def test_the_order_of_search(tmp_path: Path) -> None:
