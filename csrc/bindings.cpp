@@ -197,6 +197,25 @@ static void add_int64(uintptr_t total, uintptr_t other, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
+// (runs read, errno): all of them and 0, or those before the one that failed and why, 0 at the end of the file.
+static std::pair<int64_t, int> read_runs(int file, int64_t n, uintptr_t offsets, uintptr_t places, uintptr_t sizes,
+                                         uintptr_t to, int64_t capacity) {
+    if (n < 0 || (n > 0 && (offsets == 0 || places == 0 || sizes == 0 || to == 0)))
+        throw std::invalid_argument("no memory to read into");
+    const auto *o = reinterpret_cast<const int64_t*>(offsets), *p = reinterpret_cast<const int64_t*>(places),
+               *s = reinterpret_cast<const int64_t*>(sizes);
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < n; ++i)
+        if (o[i] < 0 || s[i] < 0 || s[i] > capacity || p[i] < 0 || p[i] > capacity - s[i])
+            throw std::invalid_argument("a run lies outside of the memory");
+    try {
+        seme::read_runs(file, n, o, p, s, reinterpret_cast<char*>(to));
+    } catch (const seme::ReadError& e) {
+        return {e.run, e.number};
+    }
+    return {n, 0};
+}
+
 static void tie_counts(const std::vector<PyView>& tensors, const Integers& thresholds, int compute, const PyView& out,
                        int threads) {
     auto t = views_of(tensors);
@@ -461,6 +480,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("magnitude_histogram", &magnitude_histogram);
     m.def("find_in_histogram", &find_in_histogram);
     m.def("add_int64", &add_int64);
+    m.def("read_runs", &read_runs);
     m.def("tie_counts", &tie_counts);
     m.def("ties", &ties);
     m.def("trimmed_l1", &trimmed_l1);

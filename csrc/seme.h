@@ -18,6 +18,15 @@ struct View {
     DType dtype;
 };
 
+// What a file did not give: how many runs it gave before, and why it ended (errno; 0: it is shorter).
+struct ReadError {
+    int64_t run;
+    int number;
+};
+
+// Reads `n` runs of bytes of an open file: sizes[i] from offsets[i] on, to `to` + places[i]. Throws ReadError.
+void read_runs(int file, int64_t n, const int64_t* offsets, const int64_t* places, const int64_t* sizes, char* to);
+
 // Rows of contiguous elements, `stride` elements apart. Whoever makes a Matrix vouches for all of it.
 struct Matrix {
     void* data;

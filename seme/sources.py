@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seme.checkpoint import Checkpoint, Stored
 from seme.dtypes import DType
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 BLOCK_ROWS = 16
 """Rows of a low-rank product that are computed together, whatever is asked for, so that values do not depend on it."""
@@ -69,10 +71,11 @@ class Source(ABC):
             CheckpointError: a file ended early, or a read failed.
         """
 
-    def read_pieces(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
-        """Fill several buffers, each from a byte of its own on."""
-        for start, buffer in pieces:
-            self.read_into(start, buffer)
+    def read_runs(self, starts: Int64, places: Int64, sizes: Int64, buffer: memoryview) -> None:
+        """Read many runs of bytes at once: ``sizes`` bytes each, from ``starts`` in the tensor to ``places`` in the
+        buffer."""
+        for start, place, size in zip(starts.tolist(), places.tolist(), sizes.tolist()):
+            self.read_into(start, buffer[place : place + size])
 
 
 class StoredTensor(Source):
@@ -91,9 +94,9 @@ class StoredTensor(Source):
         """As of :class:`Source`."""
         self.checkpoint.read_into(self.stored, start, buffer)
 
-    def read_pieces(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
+    def read_runs(self, starts: Int64, places: Int64, sizes: Int64, buffer: memoryview) -> None:
         """As of :class:`Source`."""
-        self.checkpoint.read_pieces(self.stored, pieces)
+        self.checkpoint.read_runs(self.stored, starts, places, sizes, buffer)
 
 
 ZERO, MEAN, PADDING = -1, -2, -3
@@ -120,6 +123,14 @@ class Rows:
     def count(self) -> int:
         """Number of all rows."""
         return self.starts[-1]
+
+    @functools.cached_property
+    def arrays(self) -> tuple[Int64, Int64, Int64]:
+        """``starts``, ``origins`` and ``firsts``."""
+        import numpy as np
+
+        starts, origins, firsts = (np.array(x, dtype=np.int64) for x in (self.starts, self.origins, self.firsts))
+        return starts, origins, firsts
 
     @property
     def averages(self) -> bool:
@@ -148,52 +159,66 @@ class Gathered(Source):
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """As of :class:`Source`."""
-        row_bytes = self.width * self.dtype.itemsize
-        starts, origins, firsts = self.rows.starts, self.rows.origins, self.rows.firsts
-        at, end = start, start + len(buffer)
-        run = bisect_right(starts, at // max(row_bytes, 1)) - 1
-        asked: dict[int, list[tuple[int, memoryview]]] = {}
-        while at < end:
-            first, origin = starts[run], origins[run]
-            stop = min(end, starts[run + 1] * row_bytes)
-            piece, inside = buffer[at - start : stop - start], at - first * row_bytes
-            if origin >= 0:
-                asked.setdefault(origin, []).append((firsts[run] * row_bytes + inside, piece))
-            elif origin == ZERO:
-                piece[:] = bytes(len(piece))
-            elif origin == MEAN:
-                piece[:] = self._mean(first)[inside : inside + len(piece)]
-            else:
-                row = self._padding
-                for done in range(0, len(piece), row_bytes):
-                    # A piece begins anywhere in a row, and all rows are the same.
-                    rest = min(row_bytes, len(piece) - done)
-                    turn = (inside + done) % row_bytes
-                    piece[done : done + rest] = (row[turn:] + row[:turn])[:rest]
-            at, run = stop, run + 1
-        for origin, pieces in asked.items():
-            self._copy(self.parts[origin], pieces)
+        import numpy as np
 
-    def _copy(self, part: Source, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        """Fill pieces from a part, as if that had this dtype."""
+        if not buffer:
+            return
+        row_bytes, end = self.width * self.dtype.itemsize, start + len(buffer)
+        starts, origins, firsts = self.rows.arrays
+        low = int(np.searchsorted(starts, start // row_bytes, side="right")) - 1
+        high = int(np.searchsorted(starts, -(-end // row_bytes)))
+        runs, origin = starts[low:high] * row_bytes, origins[low:high]
+        begins = np.maximum(runs, start)
+        sizes = np.minimum(starts[low + 1 : high + 1] * row_bytes, end) - begins
+        inside, places = begins - runs, begins - start
+        for part in np.unique(origin[origin >= 0]).tolist():
+            of = origin == part
+            self._copy(self.parts[part], firsts[low:high][of] * row_bytes + inside[of], places[of], sizes[of], buffer)
+        for i in np.flatnonzero(origin < 0).tolist():
+            piece = buffer[int(places[i]) : int(places[i] + sizes[i])]
+            self._make(int(origin[i]), int(starts[low + i]), int(inside[i]), piece)
+
+    def _make(self, origin: int, first: int, inside: int, piece: memoryview) -> None:
+        """Fill a piece of a run that is none model's, from byte ``inside`` of the run on, which begins in row
+        ``first``."""
+        if origin == ZERO:
+            piece[:] = bytes(len(piece))
+        elif origin == MEAN:
+            piece[:] = self._mean(first)[inside : inside + len(piece)]
+        else:
+            row = self._padding
+            for done in range(0, len(piece), len(row)):
+                # A piece begins anywhere in a row, and all rows are the same.
+                rest = min(len(row), len(piece) - done)
+                turn = (inside + done) % len(row)
+                piece[done : done + rest] = (row[turn:] + row[:turn])[:rest]
+
+    def _copy(self, part: Source, starts: Int64, places: Int64, sizes: Int64, buffer: memoryview) -> None:
+        """Read runs of a part, as if that had this dtype."""
+        import numpy as np
+
         if part.dtype == self.dtype:
-            part.read_pieces(pieces)
+            part.read_runs(starts, places, sizes, buffer)
             return
         ours, theirs = self.dtype.itemsize, part.dtype.itemsize
-        stored = [memoryview(bytearray(len(piece) // ours * theirs)) for _, piece in pieces]
-        part.read_pieces([(start // ours * theirs, raw) for (start, _), raw in zip(pieces, stored)])
-        for (_, piece), raw in zip(pieces, stored):
-            _tensor(piece, self.dtype).copy_(_tensor(raw, part.dtype))
+        ends = np.cumsum(sizes)
+        stored = memoryview(bytearray(int(ends[-1]) // ours * theirs))
+        part.read_runs(starts // ours * theirs, (ends - sizes) // ours * theirs, sizes // ours * theirs, stored)
+        made = _memory(_tensor(stored, part.dtype).to(self.dtype.to_torch()))
+        for place, size, stop in zip(places.tolist(), sizes.tolist(), ends.tolist()):
+            buffer[place : place + size] = made[stop - size : stop]
 
     def _mean(self, row: int) -> bytes:
         """The mean of some rows, added in this dtype in the order of the models, as mergekit does."""
+        import numpy as np
         import torch
 
         total = torch.zeros(self.width, dtype=self.dtype.to_torch())
         members = self.rows.means[row]
         raw = bytearray(self.width * self.dtype.itemsize)
         for part, index in members:
-            self._copy(self.parts[part], [(index * len(raw), memoryview(raw))])
+            start, place, size = (np.array([n], dtype=np.int64) for n in (index * len(raw), 0, len(raw)))
+            self._copy(self.parts[part], start, place, size, memoryview(raw))
             total = total + _tensor(memoryview(raw), self.dtype)
         return bytes(_memory(total / len(members)))
 

@@ -171,15 +171,15 @@ def align(
     Raises:
         CheckpointError: a tokenizer that is needed is missing or cannot be read.
     """
+    source = config.source
+    chosen = donor if source is None else next(i for i, r in enumerate(refs) if same_model(r, source))
     found: list[Tokenizer | None] = []
     notes = []
-    for ref, folder in zip(refs, folders):
-        tokenizer = read(folder)
+    for i, (ref, folder) in enumerate(zip(refs, folders)):
+        tokenizer = read(folder, keep=i == chosen)
         if tokenizer is None:
             notes.append(f"{ref}: no tokenizer in it, taken to number its tokens as {refs[donor]} does")
         found.append(tokenizer)
-    source = config.source
-    chosen = donor if source is None else next(i for i, r in enumerate(refs) if same_model(r, source))
     for needed in (donor, chosen):
         if found[needed] is None:
             raise CheckpointError(
@@ -189,16 +189,13 @@ def align(
     tokenizers = [t for t in (t or found[donor] for t in found) if t is not None]
     ids, files = _output(config, tokenizers, counts, chosen)
     size = max(max(ids.values(), default=-1) + 1, len(ids))
-    places: dict[int, Ids] = {}  # models of one tokenizer share it
-    for tokenizer in tokenizers:
-        if id(tokenizer.ids) not in places:
-            places[id(tokenizer.ids)] = _places(ids, tokenizer.ids, size)
+    places = _places(ids, [t.ids for t in tokenizers], size)
     unit = config.pad_to_multiple_of
     return Alignment(
         config,
         refs,
         ids,
-        [places[id(t.ids)] for t in tokenizers],
+        places,
         [t.ids for t in tokenizers],
         -(-size // unit) * unit,
         folders[chosen],
@@ -207,15 +204,18 @@ def align(
     )
 
 
-def _places(ids: Mapping[str, int], own: Mapping[str, int], size: int) -> Ids:
+def _places(ids: Mapping[str, int], models: Sequence[Mapping[str, int]], size: int) -> list[Ids]:
+    """For each model, the row of each id; models of one tokenizer share them."""
     import numpy as np
 
-    found = np.full(size, -1, dtype=np.int64)
     count = len(ids)
-    found[np.fromiter(ids.values(), np.int64, count)] = np.fromiter(
-        map(own.get, ids, itertools.repeat(-1)), np.int64, count
-    )
-    return found
+    numbers = np.fromiter(ids.values(), np.int64, count)
+    found: dict[int, Ids] = {}
+    for own in models:
+        if id(own) not in found:
+            found[id(own)] = np.full(size, -1, dtype=np.int64)
+            found[id(own)][numbers] = np.fromiter(map(own.get, ids, itertools.repeat(-1)), np.int64, count)
+    return [found[id(own)] for own in models]
 
 
 def _output(
@@ -244,7 +244,7 @@ def _output(
             own = tokenizers[m].ids
             if own is base.ids:
                 continue
-            new = [t for t in own if t not in seen and t not in known and own[t] < counts[m]]
+            new = [t for t in itertools.filterfalse(seen.__contains__, own) if t not in known and own[t] < counts[m]]
             fresh += sorted(new, key=own.__getitem__)
             seen.update(new)
         for token in fresh:

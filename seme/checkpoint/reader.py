@@ -6,20 +6,25 @@ through torch's weights-only loader, which maps them and refuses every pickle th
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seme import dtypes
+from seme import dtypes, native
 from seme.checkpoint.descriptors import Descriptors
 from seme.checkpoint.index import read_json, weight_files
 from seme.checkpoint.safetensors import Stored, check_name, read_header
 from seme.errors import CheckpointError, SemeError, brief, reason
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Checkpoint:
@@ -51,6 +56,7 @@ class Checkpoint:
         self._descriptors = Descriptors(os.O_RDONLY)
         self._loaded: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
+        self._asked: set[str] = set()  # tensors of which the file was asked for all
         self.tensors: dict[str, Stored] = {}
         for file in self.files:
             listed = read_header(file) if file.suffix == ".safetensors" else self._load_pickle(file)
@@ -111,29 +117,50 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ended early, or the read failed.
         """
-        self.read_pieces(tensor, ((start, buffer),))
+        if tensor.name in self._loaded:
+            self._copy_loaded(tensor.name, start, buffer)
+            return
+        with self._open(tensor) as descriptor:
+            done, want = 0, len(buffer)
+            while done < want:  # one call gives at most 2 GiB
+                got = os.preadv(descriptor, [buffer[done:] if done else buffer], tensor.offset + start + done)
+                if got == 0:
+                    raise _ends_early(tensor, descriptor, start + want)
+                done += got
 
-    def read_pieces(self, tensor: Stored, pieces: Iterable[tuple[int, memoryview]]) -> None:
-        """Fill several buffers, each from a byte of its own on; much faster than one by one where they are small.
+    def read_runs(self, tensor: Stored, starts: Int64, places: Int64, sizes: Int64, buffer: memoryview) -> None:
+        """Read many short runs of bytes at once, ``sizes`` bytes each, from ``starts`` in the tensor to ``places`` in
+        the buffer.
+
+        The file is asked for the whole tensor first: short reads here and there take a disk much longer than one long
+        one, and find it in the page cache then.
 
         Raises:
             CheckpointError: as :meth:`read_into`.
         """
-        if tensor.name in self._loaded:
-            for start, buffer in pieces:
-                self._copy_loaded(tensor.name, start, buffer)
+        if tensor.name in self._loaded or native.why_not("_C") is not None:
+            for start, place, size in zip(starts.tolist(), places.tolist(), sizes.tolist()):
+                self.read_into(tensor, start, buffer[place : place + size])
             return
+        offsets = starts + tensor.offset
+        memory = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer else 0
+        arrays = [a.ctypes.data for a in (offsets, places, sizes)]
+        with self._open(tensor) as descriptor:
+            if tensor.name not in self._asked and hasattr(os, "posix_fadvise"):
+                self._asked.add(tensor.name)
+                os.posix_fadvise(descriptor, tensor.offset, tensor.nbytes, os.POSIX_FADV_WILLNEED)
+            done, error = native.module().read_runs(descriptor, len(sizes), *arrays, memory, len(buffer))
+            if error:
+                raise OSError(error, os.strerror(error))
+            if done < len(sizes):
+                raise _ends_early(tensor, descriptor, int(starts[done] + sizes[done]))
+
+    @contextmanager
+    def _open(self, tensor: Stored) -> Iterator[int]:
+        """The descriptor of a tensor's file; a read that fails in the block is an error that names both."""
         try:
             with self._descriptors.use(tensor.file) as descriptor:
-                for start, buffer in pieces:
-                    done, want = 0, len(buffer)
-                    while done < want:  # one call gives at most 2 GiB
-                        got = os.preadv(descriptor, [buffer[done:] if done else buffer], tensor.offset + start + done)
-                        if got == 0:
-                            raise CheckpointError(
-                                f"{tensor.file}: tensor {tensor.name}: ends {want - done} bytes early; was it changed?"
-                            )
-                        done += got
+                yield descriptor
         except OSError as e:
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: read failed: {reason(e)}") from e
 
@@ -158,3 +185,8 @@ class Checkpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _ends_early(tensor: Stored, descriptor: int, end: int) -> CheckpointError:
+    missing = tensor.offset + end - os.fstat(descriptor).st_size
+    return CheckpointError(f"{tensor.file}: tensor {tensor.name}: ends {missing} bytes early; was it changed?")

@@ -79,11 +79,13 @@ class Tokenizer:
         folder: where its files are.
         ids: token to id, added tokens included.
         added: the added tokens as ``tokenizer.json`` describes them.
+        data: contents of ``tokenizer.json``; None if they were not kept.
     """
 
     folder: Path
     ids: Mapping[str, int]
     added: Sequence[Mapping[str, Any]]
+    data: Mapping[str, Any] | None = None
 
     def changed(self, drop: Collection[str], add: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         """Files of a tokenizer without some tokens and with others: contents by name.
@@ -95,9 +97,9 @@ class Tokenizer:
         Raises:
             CheckpointError: tokens cannot be taken out of a tokenizer of this kind.
         """
-        stored = self.folder / "tokenizer.json"
-        data = read_json(stored) if stored.is_file() else _converted(self.folder)
-        model, dropped = data["model"], set(drop)
+        data = dict(_contents(self.folder) if self.data is None else self.data)
+        model, dropped = dict(data["model"]), set(drop)
+        data["model"] = model
         if dropped:
             if not isinstance(model["vocab"], dict):
                 raise CheckpointError(
@@ -132,18 +134,21 @@ def _pair(merge: Any) -> list[str]:
     return merge.split(" ", 1) if isinstance(merge, str) else list(merge)
 
 
-def read(folder: Path) -> Tokenizer | None:
+def read(folder: Path, keep: bool = False) -> Tokenizer | None:
     """The tokenizer in a folder, None if it has none.
 
     ``tokenizer.json`` is read here; others are loaded by transformers.
 
+    Args:
+        folder: of the model.
+        keep: keep the contents, tens of megabytes, for :meth:`Tokenizer.changed`, which reads them again if not.
+
     Raises:
         CheckpointError: the files cannot be read.
     """
-    file = folder / "tokenizer.json"
     if not any((folder / name).exists() for name in VOCABULARY_FILES):
         return None
-    data = read_json(file) if file.is_file() else _converted(folder)
+    data = _contents(folder)
     ids, added = _ids(data, folder), list(data.get("added_tokens") or ())
     settings = folder / "tokenizer_config.json"
     said = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
@@ -153,10 +158,15 @@ def read(folder: Path) -> Tokenizer | None:
         if isinstance(content, str) and content not in ids and number.isdecimal():
             ids[content] = int(number)
             added.append({"id": int(number), **_ADDED, **token})
-    for token, i in ids.items():
-        if type(i) is not int or i < 0:
-            raise CheckpointError(f"{folder}: token {token!r} has id {i!r}; expected a whole number of at least 0")
-    return Tokenizer(folder, ids, added)
+    if not set(map(type, ids.values())) <= {int} or min(ids.values(), default=0) < 0:
+        token, i = next((t, i) for t, i in ids.items() if type(i) is not int or i < 0)
+        raise CheckpointError(f"{folder}: token {token!r} has id {i!r}; expected a whole number of at least 0")
+    return Tokenizer(folder, ids, added, data if keep else None)
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer.json"
+    return read_json(file) if file.is_file() else _converted(folder)
 
 
 @functools.lru_cache(4)

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -176,6 +177,39 @@ def test_a_file_that_shrinks_while_being_read(tmp_path: Path) -> None:
         last = max(checkpoint.tensors.values(), key=lambda t: t.offset + t.nbytes if t.nbytes else 0)
         with pytest.raises(CheckpointError, match=rf"^{file}: tensor {last.name}: ends \d+ bytes early"):
             read(checkpoint, last.name)
+
+
+def read_runs(checkpoint: Checkpoint, name: str, runs: list[tuple[int, int, int]], size: int) -> bytes:
+    buffer = bytearray(b"\xff" * size)
+    starts, places, sizes = (np.array([run[i] for run in runs], dtype=np.int64) for i in range(3))
+    checkpoint.read_runs(checkpoint.tensors[name], starts, places, sizes, memoryview(buffer))
+    return bytes(buffer)
+
+
+@pytest.mark.parametrize("layout", ["single", "bin"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_runs_in_any_order(layout: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr("seme.native.why_not", lambda _: "not built")
+    with Checkpoint(lay_out(tmp_path, layout)) as checkpoint:
+        data = raw(TENSORS["b.weight"])
+        runs = [(2040, 0, 6), (0, 10, 2), (500, 12, 700), (2, 6, 2)]
+        expected = data[2040:] + data[2:4] + b"\xff\xff" + data[:2] + data[500:1200]
+        assert read_runs(checkpoint, "b.weight", runs, 712) == expected
+        assert read_runs(checkpoint, "empty", [], 0) == b""
+
+
+def test_runs_of_a_file_that_shrinks_or_vanishes(tmp_path: Path) -> None:
+    with Checkpoint(lay_out(tmp_path, "single")) as checkpoint:
+        file = tmp_path / "model.safetensors"
+        last = max(checkpoint.tensors.values(), key=lambda t: t.offset + t.nbytes if t.nbytes else 0)
+        os.truncate(file, file.stat().st_size - 1)
+        with pytest.raises(CheckpointError, match=rf"^{file}: tensor {last.name}: ends 1 bytes early; was it changed"):
+            read_runs(checkpoint, last.name, [(0, 0, 1), (last.nbytes - 2, 1, 2)], 3)
+        checkpoint.close()
+        file.unlink()
+        with pytest.raises(CheckpointError, match=rf"^{file}: tensor ids: read failed: No such file"):
+            read_runs(checkpoint, "ids", [(0, 0, 1)], 1)
 
 
 def test_a_file_that_vanishes(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The compiled module checks every count and size itself: behind it there are only pointers."""
 
+import errno
+
 import pytest
 import torch
 
@@ -186,6 +188,20 @@ def test_host_helpers():
     ]  # fmt: skip
     module.add_int64(counts.data_ptr(), counts.data_ptr(), 3)
     assert counts.tolist() == [4, 0, 6]
+
+
+def test_runs_outside_of_the_memory():
+    module = native.module()
+    with pytest.raises(ValueError, match="no memory to read into"):
+        module.read_runs(0, 1, 0, 0, 0, 0, 0)
+    buffer = torch.zeros(8, dtype=torch.uint8)
+    for offset, place, size in ((-1, 0, 1), (0, -1, 1), (0, 0, -1), (0, 5, 4), (0, 0, 9), (0, 2**62, 1)):
+        run = torch.tensor([[offset], [place], [size]])
+        with pytest.raises(ValueError, match="a run lies outside of the memory"):
+            module.read_runs(0, 1, *(x.data_ptr() for x in run), buffer.data_ptr(), 8)
+    run = torch.tensor([[0], [0], [1]])
+    done, error = module.read_runs(-1, 1, *(x.data_ptr() for x in run), buffer.data_ptr(), 8)
+    assert (done, error) == (0, errno.EBADF)
 
 
 def test_instruction_set_beyond_the_machine():
