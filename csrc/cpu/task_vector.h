@@ -25,6 +25,13 @@ SEME_INLINE void add_scaled(typename C::T* base, typename C::T* s, int64_t n, do
     for (int64_t j = 0; j < n; ++j) base[j] = TaskVector<C>::add(base[j], s[j]);
 }
 
+// x if `first`, else y; by their bits, for the reason that keep_if gives.
+template <class T>
+SEME_INLINE T choose(bool first, T x, T y) {
+    using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+    return bit_cast<T>(bit_cast<Bits>(keep_if(first, x)) | bit_cast<Bits>(keep_if(!first, y)));
+}
+
 // How many of d[0..n) have the key `tie`.
 template <class C>
 SEME_INLINE int64_t count_ties(const typename C::T* d, int64_t n, typename C::Key tie) {
@@ -110,7 +117,7 @@ struct Keep {
     // d = 0 where the element is not kept, of the n elements from place `at` on.
     SEME_INLINE void apply(T* d, const T* base, int64_t at, int64_t n) {
         if (mask != nullptr)
-            for (int64_t j = 0; j < n; ++j) d[j] = mask[at + j] != 0 ? d[j] : base[j] - base[j];
+            for (int64_t j = 0; j < n; ++j) d[j] = choose(mask[at + j] != 0, d[j], base[j] - base[j]);
         if (cuts.size() > 0) cuts[0].keep(d, n);
         if (cuts.size() > 1) cuts[1].drop(d, n);
         if (chance < kCertain) draw(d, offset + at, n);
