@@ -5,74 +5,14 @@
 
 #include "../formulas.h"
 #include "../parallel.h"
+#include "collect.h"
 #include "tile.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace seme::cpu {
 namespace {
 
 constexpr int64_t kColumns = kBins + 2;  // the bins, keys beyond the window, keys that are not the first of their bin
 constexpr int64_t kLeastBlocks = 32;     // per thread; for fewer, a histogram of its own costs more than it saves
-
-// hit = the entries of bin[0..n) that are not negative, in order; returns how many. No branch depends on them.
-int64_t collect(const int32_t* bin, int64_t n, int32_t* hit) {
-    int64_t hits = 0;
-    for (int64_t j = 0; j < n; ++j) {
-        hit[hits] = bin[j];
-        hits += bin[j] >= 0;
-    }
-    return hits;
-}
-
-#if defined(__x86_64__)
-// For each set of 8 lanes, as the bits of its number: the lanes in it, in order, one a byte.
-struct LaneLists {
-    uint64_t of[256] = {};
-    constexpr LaneLists() {
-        for (int set = 0; set < 256; ++set)
-            for (int lane = 7; lane >= 0; --lane)
-                if (set >> lane & 1) of[set] = of[set] << 8 | uint64_t(lane);
-    }
-};
-constexpr LaneLists kLanes;
-
-// The same with a table, because AVX2 has no compress; no compiler makes one of the loop above. Writes 8 entries at a
-// time.
-__attribute__((target("arch=x86-64-v3"))) int64_t collect_avx2(const int32_t* bin, int64_t n, int32_t* hit) {
-    int64_t hits = 0, j = 0;
-    for (; j + 8 <= n; j += 8) {
-        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bin + j));
-        const unsigned found = ~unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(v))) & 0xFFu;
-        const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kLanes.of[found])));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(hit + hits), _mm256_permutevar8x32_epi32(v, lanes));
-        hits += _mm_popcnt_u32(found);
-    }
-    return hits + collect(bin + j, n - j, hit + hits);
-}
-
-// The same with a compress. Writes 16 entries at a time.
-__attribute__((target("arch=x86-64-v4"))) int64_t collect_avx512(const int32_t* bin, int64_t n, int32_t* hit) {
-    int64_t hits = 0, j = 0;
-    for (; j + 16 <= n; j += 16) {
-        const __m512i v = _mm512_loadu_si512(bin + j);
-        const __mmask16 found = _mm512_cmpge_epi32_mask(v, _mm512_setzero_si512());
-        _mm512_storeu_si512(hit + hits, _mm512_maskz_compress_epi32(found, v));
-        hits += _mm_popcnt_u32(found);
-    }
-    return hits + collect(bin + j, n - j, hit + hits);
-}
-#endif
-
-int64_t collect_best(const int32_t* bin, int64_t n, int32_t* hit) {
-#if defined(__x86_64__)
-    if (isa() == Isa::Avx512) return collect_avx512(bin, n, hit);
-    if (isa() == Isa::Avx2) return collect_avx2(bin, n, hit);
-#endif
-    return collect(bin, n, hit);
-}
 
 template <class C>
 struct Bins {
@@ -82,7 +22,7 @@ struct Bins {
     // What can be counted in vectors is: keys outside the window, and zeros, which can be most of a task vector.
     // The others are collected first, since in the usual window few keys fall.
     static SEME_INLINE void count(const Key* key, int64_t n, const Window<C> w, int64_t* counts) {
-        int32_t bin[kTile], hit[kTile + 16];
+        int32_t bin[kTile], hit[kTile + kCollectRoom];
         Key passed = 0, zeros = 0;
         for (int64_t j = 0; j < n; ++j) {
             passed += w.passed(key[j]);
@@ -96,7 +36,7 @@ struct Bins {
             for (int64_t j = 0; j < n; ++j) mixed += w.holds(key[j]) & (w.rest(key[j]) != 0);
             counts[kBins + 1] += mixed;
         }
-        const int64_t hits = collect_best(bin, n, hit);
+        const int64_t hits = collect(bin, n, hit);
         for (int64_t h = 0; h < hits; ++h) ++counts[hit[h]];
     }
 };
