@@ -84,16 +84,18 @@ def cuts(group: Group, counts: Sequence[int]) -> Generator[Pass, Reduced, list[C
     windows = (yield from _first_windows(group, wanted)) if wanted else {}
     end = 1 << key_bits(group.compute_dtype)
     while windows:
-        order = list(windows)
+        # Two cuts of one expert share the table of a window, which in 16-bit types is the same for both.
+        tables = {at: (at % len(group.experts), windows[at]) for at in windows}
+        distinct = list(dict.fromkeys(tables.values()))
         histogram = yield group.reduce(
             MAGNITUDE_HISTOGRAM,
-            _inputs(group, order),
-            lowest=[windows[at][0] for at in order],
-            shift=[windows[at][1] for at in order],
+            _inputs(group, [expert for expert, _ in distinct]),
+            lowest=[lowest for _, (lowest, _) in distinct],
+            shift=[shift for _, (_, shift) in distinct],
         )
         columns = histogram.shape[1]
-        for row, at in enumerate(order):
-            k, (lowest, shift) = wanted[at], windows.pop(at)
+        for at, table in tables.items():
+            row, k, (lowest, shift) = distinct.index(table), wanted[at], windows.pop(at)
             beyond, mixed = histogram.data[row * columns + BINS], histogram.data[row * columns + BINS + 1]
             if beyond >= k:
                 windows[at] = _window(lowest + (BINS << shift), end)
