@@ -197,13 +197,17 @@ def make(
     method, sections, refs = _checked(config)
     donor = _position(config.base_model, refs) if config.base_model is not None else 0
     loras = [ref.lora for ref in refs if ref.lora is not None]
-    local = [path for ref in (*refs, *loras) if (path := locate(ref)) is not None]
+    apart = _tokenizer_apart(config, refs)
+    others = loras if apart is None else [*loras, apart]
+    local = [path for ref in (*refs, *others) if (path := locate(ref)) is not None]
     if target is not None:
         _check_target(target, local, overwrite, recipe)
-    paths = [resolve(ref) for ref in refs]  # from here on there may be downloads
+    tokenizer = None if apart is None else resolve(apart, weights=False)  # from here on there may be downloads
+    paths = [resolve(ref) for ref in refs]
     adapters = {ref: resolve(ref.lora) for ref in refs if ref.lora is not None}
     if target is not None:
-        _check_target(target, [*paths, *adapters.values()], overwrite, recipe)
+        also = [] if tokenizer is None else [tokenizer]
+        _check_target(target, [*paths, *adapters.values(), *also], overwrite, recipe)
     models: list[Model] = []
     try:
         for ref, path in zip(refs, paths):
@@ -213,7 +217,7 @@ def make(
                 tensors, adapter = adapted(lora, models[-1].tensors)
                 models[-1] = replace(models[-1], tensors=tensors, adapter=adapter)
         folders = [path if path.is_dir() else path.parent for path in paths]  # of a model that is given as a file
-        return _plan(config, method, sections, tuple(models), folders, donor, target, max_shard)
+        return _plan(config, method, sections, tuple(models), folders, donor, tokenizer, target, max_shard)
     except BaseException:
         for model in models:
             model.close()
@@ -227,7 +231,7 @@ def check(config: MergeConfig, made: Collection[str] = ()) -> None:
         SemeError: the first mistake found.
     """
     _, _, refs = _checked(config)
-    for ref in (*refs, *(ref.lora for ref in refs)):
+    for ref in (*refs, *(ref.lora for ref in refs), _tokenizer_apart(config, refs)):
         if ref is not None and ref.path not in made:
             locate(ref)
 
@@ -238,7 +242,7 @@ def _checked(config: MergeConfig) -> tuple[Method, tuple[Section, ...], list[Mod
     sections = _with_base(config)
     refs = _refs(config, sections)
     _check_recipe(config, method, sections)
-    _check_tokenizer(config, refs)
+    _check_tokens(config, refs)
     return method, sections, refs
 
 
@@ -278,6 +282,7 @@ def _plan(
     models: tuple[Model, ...],
     folders: list[Path],
     donor: int,
+    apart: Path | None,
     target: Path | None,
     max_shard: int,
 ) -> Plan:
@@ -285,7 +290,7 @@ def _plan(
     alignment = None
     if config.tokenizer is not None:
         counts = [_vocabulary_size(model) for model in models]
-        alignment = align(config.tokenizer, [m.ref for m in models], folders, counts, donor)
+        alignment = align(config.tokenizer, [m.ref for m in models], folders, counts, donor, apart)
         notes += alignment.notes
     targets, model_config = _targets(config, method, sections, models, donor, alignment, notes)
     shapes = {t.name: t.sources[t.lead].shape for t in targets}
@@ -542,16 +547,18 @@ def _check_given(param: Param, method: Method, part: Slice, base: int | None) ->
             raise ConfigError(f"{entry.ref}: {param.name}: missing; {param.doc}")
 
 
-def _check_tokenizer(config: MergeConfig, refs: list[ModelRef]) -> None:
-    """Refuse a tokenizer, or the row of a token, of a model that is not merged."""
-    if config.tokenizer is None:
-        return
-    given = [(config.tokenizer.source, config.tokenizer.where)]
-    given += [(rule.model, f"{rule.where}.source") for rule in config.tokenizer.tokens.values()]
-    for ref, where in given:
-        if ref is not None and not any(same_model(ref, other) for other in refs):
+def _tokenizer_apart(config: MergeConfig, refs: list[ModelRef]) -> ModelRef | None:
+    """Where the tokenizer comes from, if that is none of the models."""
+    source = None if config.tokenizer is None else config.tokenizer.source
+    return None if source is None or any(same_model(source, other) for other in refs) else source
+
+
+def _check_tokens(config: MergeConfig, refs: list[ModelRef]) -> None:
+    """Refuse the row of a token of a model that is not merged."""
+    for rule in () if config.tokenizer is None else config.tokenizer.tokens.values():
+        if rule.model is not None and not any(same_model(rule.model, other) for other in refs):
             raise ConfigError(
-                f"{where}: {ref} is none of the models; expected base or one of {', '.join(map(str, refs))}"
+                f"{rule.where}.source: {rule.model} is none of the models; expected one of {', '.join(map(str, refs))}"
             )
 
 

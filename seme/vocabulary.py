@@ -9,12 +9,14 @@ zeros; so does mergekit. Rows that no token has (padding) are dropped, and added
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seme.checkpoint.hub import ModelRef, same_model
+from seme.checkpoint.index import read_json
 from seme.checkpoint.tokenizer import VOCABULARY_FILES, Tokenizer, added_token, read
 from seme.config import TokenizerConfig, TokenRule
 from seme.errors import CheckpointError, ConfigError
@@ -157,7 +159,12 @@ class Alignment:
 
 
 def align(
-    config: TokenizerConfig, refs: Sequence[ModelRef], folders: Sequence[Path], counts: Sequence[int], donor: int
+    config: TokenizerConfig,
+    refs: Sequence[ModelRef],
+    folders: Sequence[Path],
+    counts: Sequence[int],
+    donor: int,
+    apart: Path | None = None,
 ) -> Alignment:
     """The output's vocabulary for these models.
 
@@ -167,19 +174,22 @@ def align(
         folders: their folders.
         counts: rows of their embeddings.
         donor: which of them is the base model, or takes its place.
+        apart: folder of the tokenizer that the output gets, if that is of none of them.
 
     Raises:
         CheckpointError: a tokenizer that is needed is missing or cannot be read.
     """
-    source = config.source
-    chosen = donor if source is None else next(i for i, r in enumerate(refs) if same_model(r, source))
-    found: list[Tokenizer | None] = []
-    notes = []
-    for i, (ref, folder) in enumerate(zip(refs, folders)):
-        tokenizer = read(folder, keep=i == chosen)
-        if tokenizer is None:
-            notes.append(f"{ref}: no tokenizer in it, taken to number its tokens as {refs[donor]} does")
-        found.append(tokenizer)
+    source, models = config.source, len(refs)
+    if apart is not None:
+        chosen, folders, counts = models, [*folders, apart], [*counts, _tokens(apart)]
+    else:
+        chosen = donor if source is None else next(i for i, r in enumerate(refs) if same_model(r, source))
+    found = [read(folder, keep=i == chosen) for i, folder in enumerate(folders)]
+    notes = [
+        f"{ref}: no tokenizer in it, taken to number its tokens as {refs[donor]} does"
+        for ref, tokenizer in zip(refs, found)
+        if tokenizer is None
+    ]
     for needed in (donor, chosen):
         if found[needed] is None:
             raise CheckpointError(
@@ -189,19 +199,29 @@ def align(
     tokenizers = [t for t in (t or found[donor] for t in found) if t is not None]
     ids, files = _output(config, tokenizers, counts, chosen)
     size = max(max(ids.values(), default=-1) + 1, len(ids))
-    places = _places(ids, [t.ids for t in tokenizers], size)
+    originals = [t.ids for t in tokenizers[:models]]
+    places = _places(ids, originals, size)
     unit = config.pad_to_multiple_of
     return Alignment(
         config,
         refs,
         ids,
         places,
-        [t.ids for t in tokenizers],
+        originals,
         -(-size // unit) * unit,
         folders[chosen],
         files,
         tuple(notes),
     )
+
+
+def _tokens(folder: Path) -> int:
+    """How many tokens a model has rows for, by its config.json; without one, as many as there can be."""
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    text = config.get("text_config")
+    found = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return found if isinstance(found, int) else sys.maxsize
 
 
 def _places(ids: Mapping[str, int], models: Sequence[Mapping[str, int]], size: int) -> list[Ids]:

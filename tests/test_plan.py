@@ -800,12 +800,35 @@ class TestTokenizers:
         assert plan(models=[file, "b"], tokenizer_source=file).tokenizer == Path("a")
 
     def test_of_a_folder_that_is_not_merged(self, models: Path) -> None:
-        tokenizer(Path("base"), ["x", "y"])
-        with pytest.raises(ConfigError) as e:
+        for name in ("a", "b", "base"):
+            tokenizer(Path(name), ["x", "y"])
+        Path("only").mkdir()
+        tokenizer(Path("only"), ["y", "z"])
+        made = plan(tokenizer_source="only")
+        assert made.tokenizer == Path("only")
+        assert made.model_config["vocab_size"] == 2
+
+    def test_of_a_folder_that_is_not_there(self, models: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"^\./only: no such file or folder"):
+            plan(tokenizer_source="./only")
+        with pytest.raises(CheckpointError, match=r"^base@v1: base is here, as a local path without revisions"):
             plan(tokenizer_source="base@v1")
-        assert str(e.value) == "tokenizer_source: base@v1 is none of the models; expected base or one of a, b"
-        with pytest.raises(ConfigError, match=r"^tokenizer_source: \./base is none of the models"):
+
+    def test_of_a_folder_without_one(self, models: Path) -> None:
+        tokenizer(Path("a"), ["x", "y"])
+        with pytest.raises(CheckpointError, match=r"^base: no tokenizer in it.*name a model that has one"):
             plan(tokenizer_source="./base")
+
+    def test_is_not_written_over(self, models: Path) -> None:
+        for name in ("a", "b", "base"):
+            tokenizer(Path(name), ["x", "y"])
+        with pytest.raises(TargetError, match=r"^base: is, holds or lies in the input model base"):
+            plan(target=Path("base"), tokenizer_source="./base", overwrite=True)
+
+    def test_with_a_token_of_a_model_that_is_not_merged(self, models: Path) -> None:
+        with pytest.raises(ConfigError) as e:
+            plan(tokenizer={"tokens": {"x": {"source": "base"}}})
+        assert str(e.value) == "tokenizer.tokens.x.source: base is none of the models; expected one of a, b"
 
     @pytest.mark.parametrize("source", ["a", "base"])
     def test_that_are_missing_where_they_were_asked_for(self, source: str, models: Path) -> None:

@@ -80,11 +80,11 @@ def _here(path: str) -> str:
     return "" if path.startswith(("/", "~")) else f" in {Path.cwd()}"
 
 
-def resolve(ref: ModelRef) -> Path:
+def resolve(ref: ModelRef, weights: bool = True) -> Path:
     """The local folder of a model, without its adapter; a hub repository is downloaded into the hub's cache if need be.
 
-    Only the weights that :mod:`seme.checkpoint.index` would read are fetched. ``HF_HUB_OFFLINE`` and the other
-    variables of ``huggingface_hub`` apply.
+    Only the weights that :mod:`seme.checkpoint.index` would read are fetched, and none without ``weights``.
+    ``HF_HUB_OFFLINE`` and the other variables of ``huggingface_hub`` apply.
 
     Raises:
         CheckpointError: neither a local path nor a repository that can be reached.
@@ -103,14 +103,14 @@ def resolve(ref: ModelRef) -> Path:
             found = huggingface_hub.HfApi().model_info(ref.path, revision=ref.revision, timeout=TIMEOUT)
         except Exception as e:
             with contextlib.suppress(Exception):  # offline: what the cache holds
-                patterns = [*_SMALL, "model*.safetensors", "adapter_model.safetensors"]
+                patterns = [*_SMALL, *(("model*.safetensors", "adapter_model.safetensors") if weights else ())]
                 cached = huggingface_hub.snapshot_download(
                     ref.path, revision=ref.revision, local_files_only=True, allow_patterns=patterns
                 )
                 return Path(cached)
             raise CheckpointError(f"{ref}: no such folder{_here(ref.path)}, and {_why(e)}") from e
         try:
-            patterns = [*_SMALL, *_weights([f.rfilename for f in found.siblings or ()])]
+            patterns = [*_SMALL, *(_weights([f.rfilename for f in found.siblings or ()]) if weights else ())]
             return Path(huggingface_hub.snapshot_download(ref.path, revision=ref.revision, allow_patterns=patterns))
         except Exception as e:
             raise CheckpointError(

@@ -146,6 +146,21 @@ def test_the_mean_where_there_is_no_base(source: str, models: dict[str, str], or
     assert torch.allclose(merged[ids["y"]], (0.5 * (a + b) / 2 + 0.25 * a + 0.125 * b) / 0.875, rtol=1e-6)
 
 
+@pytest.mark.parametrize("recipe", [LINEAR, TASK], ids=["linear", "task_arithmetic"])
+def test_a_tokenizer_of_none_of_the_models(recipe: str, models: dict[str, str], oracle: Oracle, tmp_path: Path) -> None:
+    """With tokens that some, all or none of them have."""
+    words = ["<unk>", "y", "a", "nowhere", "x", "b"]
+    tensors = decoder(9, torch.float32, layers=1, vocab=len(words))
+    config = {**CONFIG, "num_hidden_layers": 1, "vocab_size": len(words)}
+    apart = tokenizer(write(tmp_path / "apart", tensors, config), words)
+    base = "" if recipe == TASK else "base_model: $base\n"
+    text = Template(f"{recipe}{base}tokenizer_source: {apart}\n").substitute(models)
+    ours, theirs = run_both(text, oracle, tmp_path, tokenizer=True)
+    ids, merged = compare(ours, theirs)
+    assert list(ids) == words
+    assert not merged[ids["nowhere"]].any()
+
+
 def test_16_bit_means_are_rounded_as_mergekit_does_with_compat(oracle: Oracle, tmp_path: Path) -> None:
     models = {m: str(make(tmp_path, m, dtype=torch.bfloat16)) for m in WORDS}
     text = Template(f"{LINEAR}tokenizer_source: $a\ncompat: mergekit\n".replace("dtype: float32\n", ""))
