@@ -26,7 +26,7 @@ from seme.errors import CheckpointError, ConfigError, TargetError, brief
 from seme.methods import Group, Method, Param, get
 from seme.ops._op import Spec
 from seme.roles import TensorRole, latent, layer, layers, roles
-from seme.sections import TEXT_CONFIGS, LayerIndex, choose, modules, with_layers
+from seme.sections import TEXT_CONFIGS, LayerIndex, choose, is_all, modules, with_layers
 from seme.sizes import format_size
 from seme.sources import Gathered, Source, StoredTensor
 from seme.vocabulary import Alignment, align, rows_of, vocabulary_tensors
@@ -397,8 +397,9 @@ def _targets(
 ) -> tuple[list[_Target], dict[str, Any]]:
     """Every output tensor, and config.json with the output's layers."""
     refs = [m.ref for m in models]
-    kinds = [modules(m.tensors) if sections[0].module is not None else {} for m in models]
-    chosen = choose([(s.module, s.where) for s in sections], kinds[donor])
+    whole = is_all(s.module for s in sections)
+    kinds = [{} if whole else modules(m.tensors) for m in models]
+    chosen = [""] if whole else choose([(s.module or "", s.where) for s in sections], kinds[donor])
     model_config = dict(models[donor].checkpoint.config)
     found: list[_Target] = []
     for section, module in zip(sections, chosen):

@@ -65,12 +65,20 @@ def _tower(name: str) -> str | None:
     return None
 
 
-def choose(wanted: Sequence[tuple[str | None, str]], found: Mapping[str, str]) -> list[str]:
+def is_all(wanted: Iterable[str | None]) -> bool:
+    """True if the recipe's modules are one that is everything.
+
+    It has no name then, or ``default``, mergekit's name for the only module of an architecture that it infers.
+    """
+    return list(wanted) in ([None], [WHOLE])
+
+
+def choose(wanted: Sequence[tuple[str, str]], found: Mapping[str, str]) -> list[str]:
     """The modules that the recipe's sections, (name, place in the recipe), are about.
 
     Args:
-        wanted: the names; a name of None is all there is. ``vision_model`` and the like are taken for the module whose
-            tensors are called so.
+        wanted: the recipe's sections, (name, place in the recipe). ``vision_model`` and the like are taken for the
+            module whose tensors are called so.
         found: the module of every tensor.
 
     Raises:
@@ -79,8 +87,6 @@ def choose(wanted: Sequence[tuple[str | None, str]], found: Mapping[str, str]) -
     there = list(dict.fromkeys(found.values()))
     chosen = []
     for name, where in wanted:
-        if name is None:
-            return [""]
         module = name if name in there else _alias(name, found)
         if module is None:
             raise ConfigError(f"{where}: the model has no such module{suggest(name, there)}")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from seme.errors import CheckpointError, ConfigError
-from seme.sections import LayerIndex, before, choose, modules, with_layers
+from seme.sections import LayerIndex, before, choose, is_all, modules, with_layers
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,12 @@ class TestChoose:
     def test_by_name_and_by_what_the_tensors_are_called(self) -> None:
         assert choose([("text_decoder", "m"), ("vision_tower", "n")], FOUND) == ["text_decoder", "vision_tower"]
         assert choose([("vision_model", "m"), ("text_decoder", "n")], FOUND) == ["vision_tower", "text_decoder"]
-        assert choose([(None, "models")], FOUND) == [""]
+
+    def test_one_that_is_everything(self) -> None:
+        assert is_all([None])
+        assert is_all(["default"])  # of whatever modules there are
+        assert not is_all(["default", "vision_tower"])
+        assert not is_all(["text_decoder"])
 
     @pytest.mark.parametrize(
         ("wanted", "message"),

@@ -291,6 +291,17 @@ def test_models_of_a_vision_language_model_need_no_modules(oracle: Oracle, tmp_p
     equal(*run_both(text, oracle, tmp_path))
 
 
+def test_default_is_everything(model: Models, oracle: Oracle, tmp_path: Path) -> None:
+    """Of a model whose architecture mergekit infers, whatever modules it has. (mergekit leaves all layers out.)"""
+    a, b = (model("llava", m, "float32") for m in ("a", "b"))
+    text = f"merge_method: linear\nmodules: {{default: {{models: [{{model: {a}}}, {{model: {b}}}]}}}}\n"
+    mine, other = map(read, run_both(text + "parameters: {weight: 0.5}\n", oracle, tmp_path))
+    assert set(mine) == set(read(a))
+    assert 0 < len(other) < len(mine)
+    for name in other:
+        assert torch.equal(mine[name], other[name]), name
+
+
 def test_slices_of_a_vision_language_model_need_modules(oracle: Oracle, tmp_path: Path) -> None:
     a = mistral3(tmp_path / "a", 1)
     text = (
