@@ -136,6 +136,60 @@ ELEMENT_WISE = {
         lambda s: 2 * (s.experts + 1) * s.elements,
         "fp64", "bandwidth; Triton reads the base once per input, 1.5 times the bytes",
     ),
+    "sce": Cost(
+        "1+3",
+        lambda s: (9 * s.experts + 6) * s.elements,
+        lambda s: 2 * (s.experts + 2) * s.elements,
+        "fp64", "float64 units and conversions: the variance",
+    ),
+    "selected_squares": Cost(
+        "1+3",
+        lambda s: (7 * s.experts + 3) * s.elements,
+        lambda s: 2 * (s.experts + 1) * s.elements,
+        "fp64", "float64 units; Triton forms the variance once per input, 3 times the bytes",
+    ),
+    "variance_histogram": Cost(
+        "1+3",
+        lambda s: (5 * s.experts + 3) * s.elements,
+        lambda s: 2 * (s.experts + 1) * s.elements,
+        "fp64", "atomics, as magnitude_histogram; the variance in float64",
+    ),
+    "variance_ties": Cost(
+        "1+3",
+        lambda s: (5 * s.experts + 3) * s.elements,
+        lambda s: 2 * (s.experts + 1) * s.elements,
+        "fp64", "float64 units and conversions: the variance",
+    ),
+    "ram": Cost(
+        "1+3",
+        lambda s: (4 * s.experts + 1) * s.elements,
+        lambda s: 2 * (s.experts + 2) * s.elements,
+        "fp32", "bandwidth",
+    ),
+    "overlap_counts": Cost(
+        "1+3",
+        lambda s: 2 * s.experts * s.elements,
+        lambda s: 2 * (s.experts + 1) * s.elements,
+        "fp32", "bandwidth",
+    ),
+    "row_divergence": Cost(
+        "1+1",
+        lambda s: 68 * s.elements,
+        lambda s: 2 * 2 * s.elements,
+        "fp64", "float64 units: two exponentials and a logarithm, counted as 20 flops each",
+    ),
+    "importance_histogram": Cost(
+        "1+1",
+        lambda s: 2 * s.elements,
+        lambda s: 2 * 2 * s.elements,
+        "fp32", "atomics, as magnitude_histogram",
+    ),
+    "importance_fusion": Cost(
+        "1+1",
+        lambda s: 4 * s.elements,
+        lambda s: 2 * 3 * s.elements,
+        "fp32", "bandwidth",
+    ),
     "nonfinite": Cost("1", lambda s: 0, lambda s: 2 * s.elements, "fp32", "bandwidth"),
 }  # fmt: skip
 

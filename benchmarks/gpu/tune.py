@@ -29,7 +29,7 @@ from seme.native import BLOCK
 
 SHARED = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that one program can have."""
-REDUCTIONS = ("inner_products", "trimmed_l1")
+REDUCTIONS = ("inner_products", "selected_squares", "trimmed_l1")
 OPERANDS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 BYTES = {"bfloat16": 2, "float32": 4}
 SUMS = {"bfloat16": (32, 128), "float32": (16, 64)}

@@ -18,6 +18,11 @@ from scripts.kernel_resources import output
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
 MATRIX = {"elect", "resolve"}
+BOUNDED = {"row_divergence"}  # held to an error bound: exp and log may use what they like, and take longer than access
+DIVIDE = {"importance", "line_sum"}  # for an element's row; a division of 64 bits tries the low words first
+WRITES = re.compile(
+    r"\d(importance_fusion|line_sum|nearswap|ram|sce|task_vector_sum|ties|weighted_sum)_kernel"
+)  # the others write a few numbers
 GPUS = ("sm_80", "sm_90a")
 
 
@@ -48,12 +53,14 @@ def cuobjdump():
 def test_every_operation_is_rounded_on_its_own(built):
     seen = set()
     for where, text in built.assembly.items():
+        if where[0] in BOUNDED:
+            continue
         for instruction in re.findall(r"\b(?:fma|mad|add|sub|mul|div|rcp)\.[a-z.]*f(?:16x2|16|32|64)\b", text):
             name, rounding, *rest = instruction.split(".")
             seen.add(name)
-            assert (name, rounding) in {(n, "rn") for n in ("add", "sub", "mul", "div")}, (instruction, where)
+            assert (name, rounding) in {(n, "rn") for n in ("add", "sub", "mul", "div", "rcp")}, (instruction, where)
             assert "ftz" not in rest, (instruction, where)
-    assert seen == {"add", "sub", "mul", "div"}
+    assert seen - {"rcp"} == {"add", "sub", "mul", "div"}
 
 
 def test_products_run_on_the_tensor_cores(built):
@@ -74,27 +81,29 @@ def functions(text):
 
 
 def test_tensors_are_accessed_in_16_bytes(built):
-    """By every element-wise kernel, where the addresses allow. Those that take any dtype have a branch for each, and
-    a thread's 8 elements are 1 such access of 16-bit numbers, 2 of float32 and 4 of float64."""
+    """By every element-wise kernel that rounds each operation, where the addresses allow. Those that take any dtype
+    have a branch for each, and a thread's 8 elements are 1 such access of 16-bit numbers, 2 of float32, 4 of float64.
+    """
     for gpu in GPUS:
-        for source in SOURCES - MATRIX:
+        for source in SOURCES - MATRIX - BOUNDED:
             for name, body in functions(built.assembly[source, gpu]).items():
                 loads = len(re.findall(r"\bld\.global(?:\.nc)?\.v(?:4\.[bfu]32|2\.[bfu]64)", body))
                 stores = len(re.findall(r"\bst\.global\.v(?:4\.[bfu]32|2\.[bfu]64)", body))
                 assert loads >= (1 if source == "nonfinite" else 8), (name, gpu)
-                assert stores >= (8 if source in ("weighted_sum", "task_vector_sum", "ties") else 0), (name, gpu)
+                assert stores >= (8 if WRITES.search(name) else 0), (name, gpu)
 
 
 def test_offsets_are_64_bits_wide(built):
     """A tensor may have more than 2^31 elements: a block's number is widened before it becomes an offset."""
     for gpu in GPUS:
         for source in SOURCES - MATRIX:
+            widening = ("mul.wide.u32", "cvt.u64.u32", "setp", *(("shl.b32",) if source in DIVIDE else ()))
             for name, body in functions(built.assembly[source, gpu]).items():
                 blocks = "|".join(re.findall(r"mov\.u32\s+(%r\d+), %ctaid\.x;", body))
                 uses = re.findall(rf"^\s*(\S+)\s[^;,]*,[^;]*(?:{blocks})\b[^;]*;", body, flags=re.MULTILINE)
                 assert uses, (name, gpu)
                 for instruction in uses:
-                    assert instruction.startswith(("mul.wide.u32", "cvt.u64.u32", "setp")), (instruction, name, gpu)
+                    assert instruction.startswith(widening), (instruction, name, gpu)
 
 
 def test_the_module_loads_without_a_driver_and_without_torch(built):
@@ -124,5 +133,5 @@ def test_the_module_is_linked_against_neither_torch_nor_cuda(built):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     symbols = output(["nm", "--dynamic", built.module])
-    assert re.search(r"torch|c10|\bat::|_ZN2at", symbols) is None
+    assert re.search(r"torch|\bc10::|_ZNK?3c10|\bat::|_ZNK?2at", symbols) is None
     assert re.search(r"torch|libcud|libc10", output(["ldd", built.module])) is None
