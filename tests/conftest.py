@@ -31,6 +31,6 @@ def pytest_collection_modifyitems(config, items):
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
+        fixtures = set(getattr(item, "fixturenames", ())) if item.path.parent.name == "kernels" else set()
         group = next((name for name in ("compiled", "built", "emulation") if name in fixtures), item.path.as_posix())
         item.add_marker(pytest.mark.xdist_group("compiled" if group == "built" else group))
