@@ -84,8 +84,9 @@ static Kept kept_of(const PySelection& selection, const std::optional<PyView>& t
     if (!chances.empty()) check_count(int64_t(chances.size()), tensors, "chances");
     check_count(int64_t(seeds.size()), int64_t(chances.size()), "seeds");
     if (offset < 0) throw std::invalid_argument("offset is negative");
-    return {{thresholds, quotas, chances, seeds, offset},
-            tie_ends ? numbers<const int64_t>(*tie_ends, n * blocks, "tie_ends") : nullptr};
+    // Not within the braces: where that throws, GCC 12 destroys the vectors before it twice.
+    const int64_t* ends = tie_ends ? numbers<const int64_t>(*tie_ends, n * blocks, "tie_ends") : nullptr;
+    return {{thresholds, quotas, chances, seeds, offset}, ends};
 }
 
 static void weighted_sum(const std::vector<PyView>& tensors, const std::vector<double>& weights, double divisor,

@@ -84,4 +84,4 @@ def test_wrong_calls_are_refused(emulated):
     with pytest.raises(ValueError, match="dtype code 4 is not"):
         emulated.nonfinite([(64, 10, 4)], (64, 1, -1), (0, 0))
     with pytest.raises(ValueError, match="tie_ends: 1 expected, got 2"):
-        emulated.trimmed_l1([view, view], [0], [1], (64, 2, -1), 0, (64, 2, 3), (0, 0))
+        emulated.trimmed_l1([view, view], ([0], [1], [], [], 0), (64, 2, -1), 0, (64, 2, 3), (0, 0))
