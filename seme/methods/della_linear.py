@@ -36,7 +36,6 @@ def parts(
     seed: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Task vectors in float64 and masks of what is kept of them, with a sort of every row."""
-
     from seme.ops._philox import CERTAIN, numbers
 
     origin = tensors[base].double()
