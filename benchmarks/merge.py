@@ -87,7 +87,9 @@ class Method:
         for i, model in enumerate(models[1 : 1 + self.tuned]):
             values = {k: v[i] if isinstance(v, list) else v for k, v in self.parameters.items()}
             entries.append({"model": str(model), "parameters": values})
-        config: dict[str, Any] = {"merge_method": self.name, "models": entries, "dtype": "bfloat16"}
+        config: dict[str, Any] = {"merge_method": self.name, "models": entries}
+        # Some methods of mergekit give float32 without out_dtype.
+        config.update(dtype="bfloat16", out_dtype="bfloat16")
         if self.base:
             config["base_model"] = str(models[0])
         if self.shared:
