@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seme import __version__
-from seme.errors import ConfigError, LateInterrupt, SemeError
+from seme.errors import ConfigError, KeptInterrupt, LateInterrupt, SemeError
 
 if TYPE_CHECKING:
     from seme.config import MergeConfig
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from seme.steps import Step
 
 COMPLETE = "; the merge was complete"
+KEPT = "; what is merged is kept, go on with --resume"
 BASES = {
     "required": "required",
     "optional": "optional, task vectors from it are merged instead of the models",
@@ -46,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SemeError as e:
             if args.debug:
                 raise
-            return _fail(args, str(e), 2)
+            return _fail(args, str(e), 1 if e.fault else 2)
         except KeyboardInterrupt as e:
             number = e.args[0] if e.args else signal.SIGINT
             by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-            state = COMPLETE if isinstance(e, LateInterrupt) else args.state
+            state = {LateInterrupt: COMPLETE, KeptInterrupt: KEPT}.get(type(e), args.state)
             return _fail(args, f"interrupted{by}{state}", 128 + number)
         except BrokenPipeError:
             return 1
@@ -110,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it is a model, once the merge is complete"
     )
+    merge.add_argument(
+        "--resume", action="store_true", help="go on with a merge into OUT that was killed or stopped, if there is one"
+    )
     merge.add_argument("--memory", metavar="SIZE", help="limit of the buffers (default: 256MiB, on a GPU 1GiB)")
     merge.add_argument("--gpu-memory", metavar="SIZE", help="limit of the GPU's memory (default: 80%% of what is free)")
     merge.add_argument("--threads", type=int, metavar="N", help="chunks computed at once (default: all cores)")
@@ -165,7 +169,7 @@ def _merge(args: argparse.Namespace) -> int:
     from seme import gpu, steps
     from seme import plan as planning
     from seme.checkpoint import local_path
-    from seme.merging import make_options, merge_steps, run
+    from seme.merging import check_resume, make_options, may_replace, merge_steps, run
     from seme.sizes import format_size, parse_size
 
     args.state = "; nothing was written"
@@ -175,9 +179,12 @@ def _merge(args: argparse.Namespace) -> int:
     gpu.check(args.backend, args.device)  # before models are downloaded
     shard = parse_size(args.out_shard_size, "--out-shard-size")
     found_steps = steps.read(Path(args.config), seed=args.seed, compat=args.compat)
+    check_resume(found_steps, args.resume)
 
     def make(config: MergeConfig, name: str | None, target: Path | None) -> Plan:
         overwrite = args.overwrite and name is None
+        if target is not None:
+            overwrite = may_replace(target, overwrite, args.resume)
         return planning.make(config, target, shard, overwrite, local_path(args.config))
 
     if args.dry_run:
@@ -194,7 +201,8 @@ def _merge(args: argparse.Namespace) -> int:
         display = _Display(quiet=args.quiet or args.json)
         with display:
             overwrite = args.overwrite and name is None
-            return run(plan, target, options, args.backend, args.device, overwrite, display.update)
+            goes_on = args.resume if len(found_steps) == 1 else None
+            return run(plan, target, options, args.backend, args.device, overwrite, display.update, goes_on)
 
     result = merge_steps(found_steps, args.out, args.keep_steps, args.overwrite, one)
     args.state = COMPLETE

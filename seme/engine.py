@@ -321,7 +321,9 @@ class Engine:
         task = _Task(plan, None, max(self.size // _widest(plan), plan.unit))
         with self._lock:
             self._tasks.add(task)
-        if plan.spec.numel == 0:
+        nbytes = plan.spec.numel * plan.spec.dtype.itemsize
+        if nbytes == 0 or self.writer.has(plan.name, 0, nbytes):
+            self._skip(nbytes)
             self._finished(task)
         elif plan.copy:
             self._copy(plan)
@@ -358,9 +360,17 @@ class Engine:
             if self._error is not None:
                 return
             piece = memoryview(buffer)[: min(len(buffer), source.nbytes - start)]
+            if self.writer.has(plan.name, start, len(piece)):
+                self._skip(len(piece))
+                continue
             source.read_into(start, piece)
             self.writer.write(plan.name, start, piece)
             self._count(0, len(piece))
+
+    def _skip(self, nbytes: int) -> None:
+        """Bytes of the output that an earlier process wrote."""
+        with self._lock:
+            self.progress.done += nbytes
 
     def _count(self, read: int, written: int) -> None:
         with self._lock:
@@ -398,6 +408,11 @@ class Engine:
     def _attempt(self, runtime: Runtime, worker: int, task: _Task, chunk: Chunk) -> None:
         pass_, plan = task.current, task.plan
         assert pass_ is not None
+        size = chunk.numel * pass_.result.dtype.itemsize
+        written = pass_.writes and self.writer.has(plan.name, chunk.start * pass_.result.dtype.itemsize, size)
+        if written and pass_.countdown is None:
+            self._skip(size)
+            return
         inputs = [(i, plan.sources[i].dtype) for i in pass_.inputs]
         kept: Mapping[int, Any] = task.kept.get((chunk.start, chunk.numel), {})
         new = [(i, dtype) for i, dtype in dict.fromkeys(inputs) if i not in kept]
@@ -411,7 +426,10 @@ class Engine:
                 self._check_finite(runtime, plan, [x for x in new if x[0] not in task.complete], chunk)
         params = pass_.params
         if pass_.countdown is not None:
-            params = self._count_down(runtime, task, chunk, inputs)
+            params = self._count_down(runtime, task, chunk, inputs)  # later chunks need it, whatever is written
+        if written:
+            self._skip(size)
+            return
         if pass_.op.positional:
             params = {**params, "offset": chunk.start}
         if pass_.writes:
@@ -419,9 +437,8 @@ class Engine:
             with self._computing:
                 out = View(runtime.output.address, chunk.numel, dtype)
                 runtime.run(pass_.op, params, inputs, chunk.numel, out, (chunk.numel,))
-            written = runtime.output.memory[: chunk.numel * dtype.itemsize]
-            self.writer.write(plan.name, chunk.start * dtype.itemsize, written)
-            self._count(read, len(written))
+            self.writer.write(plan.name, chunk.start * dtype.itemsize, runtime.output.memory[:size])
+            self._count(read, size)
             return
         with self._computing:
             key, into, shape = self._result(task, worker, chunk)

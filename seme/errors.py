@@ -39,9 +39,14 @@ class SemeError(ValueError):
     """A mistake in the recipe, the checkpoints or the call; exit code 2 on the command line.
 
     The message is one printable line, whatever names and values are in it.
+
+    Attributes:
+        fault: no mistake, but a machine that failed: a full disk, a file that vanished; exit code 1. What was merged
+            until then is kept for ``--resume``.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, fault: bool = False) -> None:
+        self.fault = fault
         if len(message) > 1000:
             message = f"{message[:500]}...{message[-497:]}"
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
@@ -69,3 +74,7 @@ class TargetError(SemeError):
 
 class LateInterrupt(KeyboardInterrupt):
     """An interrupt that came when the new model was in place already."""
+
+
+class KeptInterrupt(KeyboardInterrupt):
+    """An interrupt after which what was merged is kept for ``--resume``."""

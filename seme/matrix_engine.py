@@ -172,9 +172,15 @@ class MatrixEngine:
             self._whole(arguments)
             return
         for tensor in self.plan.tensors:
-            if tensor.copy:
+            nbytes = tensor.spec.numel * tensor.spec.dtype.itemsize
+            told = [] if tensor.copy else self.writer.told(tensor.name)
+            if nbytes and told is not None and self.writer.has(tensor.name, 0, nbytes):  # by an earlier process
+                for name, entry in told:
+                    self.report.add(name, entry)
+                self.progress.done += nbytes
+            elif tensor.copy:
                 self._copy(tensor)
-            elif tensor.spec.numel:
+            elif nbytes:
                 self._merge(tensor, functools.partial(self._store, tensor))
 
     def _merge(self, tensor: TensorPlan, store: Callable[[int, torch.Tensor], None]) -> None:
@@ -197,6 +203,7 @@ class MatrixEngine:
                 context.workspace //= 4
             else:
                 context = self._cpu
+        self.writer.tell(tensor.name, self._entries)
         for name, entry in self._entries:
             self.report.add(name, entry)
         self._entries.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +11,14 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from seme import gpu, steps
+from seme import gpu, resuming, steps
 from seme import plan as planning
-from seme.checkpoint import Writer, check_free, local_path
+from seme.checkpoint import Writer, check_free, completed, local_path, tidy
 from seme.checkpoint.tokenizer import MODEL_FILES, OUTDATED, TOKENIZER_FILES
 from seme.config import MergeConfig
 from seme.dtypes import DType
 from seme.engine import Engine, Options, Progress, chunk_bytes
-from seme.errors import CheckpointError, ConfigError, LateInterrupt, brief
+from seme.errors import CheckpointError, ConfigError, KeptInterrupt, LateInterrupt, SemeError, brief
 from seme.matrix_engine import MatrixEngine
 from seme.plan import Plan
 from seme.report.card import model_card
@@ -61,6 +62,7 @@ def merge(
     device: str = "auto",
     gpu_memory: str | int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     out_shard_size: str | int = "5GB",
     nonfinite: str = "error",
     seed: int | None = None,
@@ -81,6 +83,9 @@ def merge(
         device: auto, cpu or cuda[:N]; auto takes a GPU where the merge is long enough to be worth its start.
         gpu_memory: limit of the GPU's memory; default: 80 % of what is free.
         overwrite: replace an existing model folder once the new one is complete.
+        resume: go on with a merge into ``out`` that was killed or stopped, if there is one; the bytes are those of a
+            merge that was not. Recipe, models and options must be the same; memory and threads only where a method
+            works on whole matrices.
         out_shard_size: largest output file, bytes or e.g. ``"5GB"``.
         nonfinite: inf or NaN in an input: ``error`` (named with tensor and count), ``keep`` or ``zero``.
         seed: of methods that draw random numbers; overrules the recipe's, which is 0 by default.
@@ -101,14 +106,31 @@ def merge(
     gpu.check(backend, device)  # before models are downloaded
     shard = parse_size(out_shard_size, "out_shard_size")
     recipe = local_path(str(config)) if isinstance(config, (str, os.PathLike)) else None
+    found = steps.read(config, seed=seed, compat=compat)
+    check_resume(found, resume)
     keep = None if keep_steps is None else Path(keep_steps)
 
     def one(step: MergeConfig, name: str | None, place: Path) -> MergeResult:
         target = Path(out) if name is None else place
-        plan = planning.make(step, target, shard, overwrite and name is None, recipe)
-        return run(plan, target, options, backend, device, overwrite and name is None, watch)
+        plan = planning.make(step, target, shard, may_replace(target, overwrite and name is None, resume), recipe)
+        goes_on = resume if len(found) == 1 else None
+        return run(plan, target, options, backend, device, overwrite and name is None, watch, goes_on)
 
-    return merge_steps(steps.read(config, seed=seed, compat=compat), Path(out), keep, overwrite, one)
+    return merge_steps(found, Path(out), keep, overwrite, one)
+
+
+def check_resume(found: Sequence[Step], resume: bool) -> None:
+    """Refuse to resume where it cannot be done."""
+    if resume and len(found) > 1:
+        raise ConfigError(
+            f"resume: the recipe has {len(found)} documents, whose results are made anew; run it without --resume, or "
+            "give each document a file of its own"
+        )
+
+
+def may_replace(target: Path, overwrite: bool, resume: bool) -> bool:
+    """True if a plan may find a model in its place: to be replaced, or of a merge that was killed at its very end."""
+    return overwrite or (resume and completed(target.resolve()) is not None)
 
 
 def merge_steps(
@@ -152,12 +174,18 @@ def run(
     device: str = "auto",
     overwrite: bool = False,
     watch: Callable[[Progress], None] | None = None,
+    resume: bool | None = False,
 ) -> MergeResult:
-    """Run a plan made for the folder ``out``; see :func:`merge`."""
-    writer = None
+    """Run a plan made for the folder ``out``; see :func:`merge`. ``resume`` None keeps no journal."""
+    writer, target = None, out.resolve()
     try:
         place = ready(plan, options, backend, device)
-        with Writer(out.resolve(), plan.layout, overwrite) as writer:
+        made_of = resuming.identity(plan, options, place, _copied(plan))
+        other = functools.partial(resuming.difference, made_of) if resume else None
+        if other is not None and (then := completed(target)) is not None and other(then) is None:
+            tidy(target)
+            return MergeResult(out, len(plan.tensors), 0, 0, 0.0, place.backend, place.device)
+        with Writer(target, plan.layout, overwrite, None if resume is None else made_of, other) as writer:
             _write_small_files(plan, writer)
             report = None
             engine: Engine | MatrixEngine
@@ -169,11 +197,20 @@ def run(
                 engine.run(watch)
             if report is not None:
                 writer.json("merge_report.json", report)
-            writer.text("README.md", model_card(plan, out.resolve().name, report))
+            writer.text("README.md", model_card(plan, target.name, report))
+            resuming.check_unchanged(made_of)
             writer.commit()
     except KeyboardInterrupt as e:
         if writer is not None and writer.committed:
             raise LateInterrupt(*e.args) from e
+        if writer is not None and writer.kept:
+            raise KeptInterrupt(*e.args) from e
+        raise
+    except MemoryError as e:
+        raise SemeError(f"{out}: memory ran out; give less to --memory or --threads{_kept(writer)}", fault=True) from e
+    except SemeError as e:
+        if writer is not None and writer.kept:
+            raise type(e)(f"{e}{_kept(writer)}", fault=e.fault) from e
         raise
     finally:
         plan.close()
@@ -181,6 +218,10 @@ def run(
     seconds = time.monotonic() - done.started
     held = place.gpu.peak if place.gpu is not None else 0
     return MergeResult(out, len(plan.tensors), done.read, done.written, seconds, place.backend, place.device, held)
+
+
+def _kept(writer: Writer | None) -> str:
+    return "; what is merged is kept, go on with --resume" if writer is not None and writer.kept else ""
 
 
 def ready(plan: Plan, options: Options, backend: str, device: str) -> Place:

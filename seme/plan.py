@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from seme import dtypes
-from seme.checkpoint import Checkpoint, Layout, ModelRef, chat, check_free, layout, locate, resolve, same_model
+from seme.checkpoint import (
+    Checkpoint,
+    Layout,
+    ModelRef,
+    chat,
+    check_free,
+    layout,
+    locate,
+    reserved,
+    resolve,
+    same_model,
+)
 from seme.checkpoint.adapter import apply as adapted
 from seme.checkpoint.tokenizer import VOCABULARY_FILES
 from seme.config import MergeConfig, ModelEntry, Parameter, Section, Slice, suggest
@@ -583,9 +594,12 @@ def _check_place(target: Path, needed: int) -> None:
         raise TargetError(f"{target}: {existing} is not a folder; choose another output folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise TargetError(f"{target}: {existing} cannot be written to; choose another output folder")
-    free = shutil.disk_usage(existing).free
+    # What an unfinished merge has taken is gone on with, or removed.
+    free = shutil.disk_usage(existing).free + reserved(target)
     if needed > free:
-        raise TargetError(f"{target}: the output needs {format_size(needed)}, {format_size(free)} are free; make room")
+        raise TargetError(
+            f"{target}: the output needs {format_size(needed)}, {format_size(free)} are free; make room", fault=True
+        )
 
 
 def _config_notes(models: tuple[Model, ...], donor: int) -> list[str]:

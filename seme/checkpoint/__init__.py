@@ -3,7 +3,7 @@
 from seme.checkpoint.hub import ModelRef, local_path, locate, resolve, same_model
 from seme.checkpoint.reader import Checkpoint
 from seme.checkpoint.safetensors import Stored
-from seme.checkpoint.writer import Layout, Writer, check_free, layout
+from seme.checkpoint.writer import Layout, Writer, beside, check_free, completed, layout, reserved, tidy
 
 __all__ = [
     "Checkpoint",
@@ -11,10 +11,14 @@ __all__ = [
     "ModelRef",
     "Stored",
     "Writer",
+    "beside",
     "check_free",
+    "completed",
     "layout",
     "local_path",
     "locate",
+    "reserved",
     "resolve",
     "same_model",
+    "tidy",
 ]

@@ -162,7 +162,7 @@ class Checkpoint:
             with self._descriptors.use(tensor.file) as descriptor:
                 yield descriptor
         except OSError as e:
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: read failed: {reason(e)}") from e
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: read failed: {reason(e)}", fault=True) from e
 
     def _copy_loaded(self, name: str, start: int, buffer: memoryview) -> None:
         import torch
@@ -189,4 +189,6 @@ class Checkpoint:
 
 def _ends_early(tensor: Stored, descriptor: int, end: int) -> CheckpointError:
     missing = tensor.offset + end - os.fstat(descriptor).st_size
-    return CheckpointError(f"{tensor.file}: tensor {tensor.name}: ends {missing} bytes early; was it changed?")
+    return CheckpointError(
+        f"{tensor.file}: tensor {tensor.name}: ends {missing} bytes early; was it changed?", fault=True
+    )

@@ -1,7 +1,8 @@
 """Writing a checkpoint: shards of known size, each tensor at its offset, nothing visible before all is on disk.
 
 Everything goes to a staging folder beside the target. ``commit()`` syncs files and folder and renames it into
-place, so a reader sees the old state or the whole new model, never a part.
+place, so a reader sees the old state or the whole new model, never a part. A journal beside it tells what is written,
+so that a merge which was killed, or stopped by a full disk, can go on.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import os
 import shutil
 import signal
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seme.checkpoint.descriptors import Descriptors
+from seme.checkpoint.journal import Identity, Journal
 from seme.checkpoint.safetensors import make_header
 from seme.dtypes import DType
-from seme.errors import TargetError, reason
+from seme.errors import SemeError, TargetError, reason
+from seme.sizes import format_size
 
 OF_A_MODEL = (
     "config.json",
@@ -89,21 +93,54 @@ def layout(tensors: list[tuple[str, DType, tuple[int, ...]]], max_shard: int) ->
     return Layout(tuple(files), tuple(headers), tuple(sizes), slots, total)
 
 
+SYNC_EVERY_S = 60.0
+"""Seconds of work that a power cut may cost: so often what is written is synced to disk and the journal told."""
+
+
+def beside(target: Path, what: str) -> Path:
+    """The path of something that belongs to the merge into ``target``: ``staging``, ``journal``, ``lock``, ..."""
+    return target.parent / f".{target.name}.seme-{what}"
+
+
 class Writer:
-    """The staging folder of one merge. Use as a context manager: without ``commit()`` nothing remains of it.
+    """The staging folder of one merge. Use as a context manager: without ``commit()`` nothing remains of it, unless
+    there is something to go on with.
 
     Attributes:
         committed: the new model is in place.
+        kept: after the context: the staging folder is still there, for ``resume``.
     """
 
-    def __init__(self, target: Path, plan: Layout, overwrite: bool = False) -> None:
-        """Create the staging folder and the shards at full size.
+    def __init__(
+        self,
+        target: Path,
+        plan: Layout,
+        overwrite: bool = False,
+        identity: Identity | None = None,
+        resume: Callable[[Identity], str | None] | None = None,
+    ) -> None:
+        """Create the staging folder and the shards at full size, or go on with those of an earlier process.
+
+        Args:
+            target: the new model folder.
+            plan: its weight files.
+            overwrite: it may exist, if it is a model.
+            identity: what the merge is made of, for the journal; None keeps none, and nothing is left of a failure.
+            resume: go on with an unfinished merge, if there is one; is given its identity and says why it is another
+                merge than this one, or None.
 
         Raises:
-            TargetError: the target is in use by another merge, not empty without ``overwrite``, or not writable.
+            TargetError: the target is in use by another merge, not empty without ``overwrite``, not writable, or
+                belongs to an unfinished merge that is another one.
         """
         self.target, self.layout, self.overwrite = target, plan, overwrite
-        self.staging = self._beside("staging")
+        self.staging = beside(target, "staging")
+        self._numbers = {name: i for i, name in enumerate(plan.slots)}
+        self._journal = Journal(beside(target, "journal"), identity or {})
+        self._journaled, self.kept = identity is not None, False
+        self._dirty: set[Path] = set()  # shards with data that are not known to be on disk
+        self._dirtying, self._syncing = threading.Lock(), threading.Lock()
+        self._synced = time.monotonic()
         self._descriptors = Descriptors(os.O_RDWR)
         self._lock: int | None = None
         self._staged = self.committed = False
@@ -112,28 +149,86 @@ class Writer:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            self._restore()  # where a commit was cut off between its two renames
-            check_free(target, overwrite)
-            if self.staging.exists():  # of a merge that was killed
-                shutil.rmtree(self.staging)
-            self._staged = True
-            self.staging.mkdir()
+            if resume is not None and self._resumed(resume):
+                self._restore()  # where a commit was cut off between its two renames
+                check_free(target, overwrite)
+                self._clear()
+            else:
+                self._restore()
+                check_free(target, overwrite)
+                self._journal.remove()
+                if self.staging.exists():  # of a merge that was killed
+                    shutil.rmtree(self.staging)
+                self._staged = True
+                self.staging.mkdir()
             for name, header, size in zip(plan.files, plan.headers, plan.sizes):
-                with open(self.staging / name, "xb", buffering=0) as file:
-                    _allocate(file.fileno(), size)
-                    _pwrite(file.fileno(), memoryview(header), 0)
+                self._create(self.staging / name, header, size)
+            if self._journaled:
+                if self._journal.done:
+                    self._sync_files(self.staging / name for name in plan.files)
+                self._journal.begin()
         except BaseException as e:
-            self.abort()
+            self.abort(keep=not isinstance(e, SemeError))
             if isinstance(e, OSError):
-                raise TargetError(f"{e.filename or target}: {reason(e)}{_remedy(e)}") from e
+                raise TargetError(f"{e.filename or target}: {reason(e)}{_remedy(e)}", fault=True) from e
             raise
 
-    def _beside(self, what: str) -> Path:
-        return self.target.parent / f".{self.target.name}.seme-{what}"
+    def _create(self, file: Path, header: bytes, size: int) -> None:
+        """A shard with its header, at full size; one that is there keeps its data."""
+        try:
+            with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as shard:
+                _allocate(shard.fileno(), size)
+                _pwrite(shard.fileno(), memoryview(header), 0)
+        except OSError as e:
+            raise OSError(e.errno, f"{reason(e)}; it takes {format_size(size)}", str(file)) from e
+
+    def _resumed(self, other: Callable[[Identity], str | None]) -> bool:
+        """Take over what an earlier process wrote; False if it left nothing.
+
+        Raises:
+            TargetError: it is of another merge.
+        """
+        journal = Journal.read(self._journal.file)
+        if journal is None or not self.staging.is_dir():
+            return False
+        difference = other(journal.identity)
+        if difference is not None:
+            raise TargetError(
+                f"{self.target}: the unfinished merge cannot be resumed: {difference}; "
+                "undo that, or start over without --resume"
+            )
+        for name, size in zip(self.layout.files, self.layout.sizes):
+            path = self.staging / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise TargetError(
+                    f"{path}: is not as the unfinished merge left it, so it cannot be resumed; "
+                    "start over without --resume"
+                )
+        journal.identity = self._journal.identity
+        self._journal = journal
+        return True
+
+    def _clear(self) -> None:
+        """Remove the small files of an earlier process, which are written again."""
+        self._staged = True
+        for path in self.staging.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in self.layout.files:
+                path.unlink()
+
+    def _sync_files(self, files: Iterable[Path]) -> None:
+        try:
+            for file in files:
+                _fsync(file)
+        except OSError:
+            # What is in the page cache now may not be what reaches the disk, and the next fsync would not say so.
+            self._journal.forget()
+            raise
 
     def _acquire(self) -> None:
         """Lock the target through a file beside it, which is removed by whoever holds the lock."""
-        file = self._beside("lock")
+        file = beside(self.target, "lock")
         while self._lock is None:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -157,8 +252,42 @@ class Writer:
         try:
             with self._descriptors.use(file) as descriptor:
                 _pwrite(descriptor, data, slot.offset + start)
+            if self._journaled:
+                with self._dirtying:
+                    self._dirty.add(file)
+                self._journal.wrote(self._numbers[tensor], start, len(data))
+                if time.monotonic() - self._synced > SYNC_EVERY_S and self._syncing.acquire(blocking=False):
+                    try:
+                        self._sync()
+                    finally:
+                        self._syncing.release()
         except OSError as e:
-            raise TargetError(f"{file}: write failed: {reason(e)}") from e
+            raise TargetError(f"{file}: write failed: {reason(e)}{_remedy(e)}", fault=True) from e
+
+    def _sync(self) -> None:
+        """Put what is written to disk, then tell the journal."""
+        position = self._journal.position()
+        with self._dirtying:
+            files, self._dirty = self._dirty, set()
+        self._sync_files(files)
+        self._journal.synced(position)
+        self._synced = time.monotonic()
+
+    def has(self, tensor: str, start: int, size: int) -> bool:
+        """True if these bytes of a tensor were written by an earlier process that this one goes on with."""
+        return bool(self._journal.done) and self._journal.has(self._numbers[tensor], start, size)
+
+    def tell(self, tensor: str, what: Any) -> None:
+        """Keep what the method told of a tensor, for :meth:`told` of a process that goes on with this merge."""
+        if self._journaled:
+            try:
+                self._journal.tell(self._numbers[tensor], what)
+            except OSError as e:
+                raise TargetError(f"{self._journal.file}: write failed: {reason(e)}{_remedy(e)}", fault=True) from e
+
+    def told(self, tensor: str) -> Any:
+        """What an earlier process told of a tensor, or None."""
+        return self._journal.told.get(self._numbers[tensor])
 
     def index(self) -> None:
         """Write ``model.safetensors.index.json``, if there is more than one shard."""
@@ -178,7 +307,7 @@ class Writer:
         try:
             (self.staging / name).write_text(value, encoding="utf-8")
         except OSError as e:
-            raise TargetError(f"{self.staging / name}: write failed: {reason(e)}") from e
+            raise TargetError(f"{self.staging / name}: write failed: {reason(e)}{_remedy(e)}", fault=True) from e
 
     def copy(self, source: Path) -> None:
         """Copy a file or a folder of another model under its own name."""
@@ -188,7 +317,7 @@ class Writer:
             else:
                 shutil.copyfile(source, self.staging / source.name)
         except OSError as e:
-            raise TargetError(f"{source}: cannot be copied to {self.staging}: {reason(e)}") from e
+            raise TargetError(f"{source}: cannot be copied to {self.staging}: {reason(e)}", fault=True) from e
 
     def commit(self) -> None:
         """Data to disk, then the folder into its place. Ctrl-C waits until the place is taken and the old model gone.
@@ -197,17 +326,21 @@ class Writer:
             TargetError: syncing or renaming failed; the target is as it was.
         """
         try:
-            for path in (*self.staging.rglob("*"), self.staging):
-                _fsync(path)
+            self._sync_files((*self.staging.rglob("*"), self.staging))
             if self.overwrite:
                 check_free(self.target, self.overwrite)
+            if self._journaled:
+                self._journal.commit(self.staging.stat().st_ino)
             with _uninterrupted():
                 self._replace()
+        except SemeError as e:
+            e.fault = True  # whatever became of the target meanwhile, the work is done and is kept
+            raise
         except OSError as e:
-            raise TargetError(f"{self.target}: cannot be completed: {reason(e)}") from e
+            raise TargetError(f"{self.target}: cannot be completed: {reason(e)}", fault=True) from e
 
     def _replace(self) -> None:
-        previous = self._beside("previous")
+        previous = beside(self.target, "previous")
         replaces = self.overwrite and self.target.exists()
         if replaces and previous.exists():
             shutil.rmtree(previous)
@@ -222,18 +355,27 @@ class Writer:
         _fsync(self.target.parent)
         if replaces:
             _remove(previous)
+        self._journal.remove()
 
     def _restore(self) -> None:
         """Give the target back that was moved away for a new one which did not come."""
-        previous = self._beside("previous")
+        previous = beside(self.target, "previous")
         if previous.exists() and not self.target.exists():
             previous.rename(self.target)
 
-    def abort(self) -> None:
-        """Remove the staging folder and all that is in it, and the folders above it that were made for it."""
+    def abort(self, keep: bool = False) -> None:
+        """Remove the staging folder and all that is in it, and the folders above it that were made for it.
+
+        Args:
+            keep: leave it for ``resume``, if something of the model is in it.
+        """
         with _uninterrupted():
             self._descriptors.close()
-            if self._staged:
+            self.kept = keep and self._staged and self._journaled and self._journal.began
+            if self.kept:
+                self._journal.close()
+            elif self._staged:
+                self._journal.remove()
                 _remove(self.staging)
             self._unlock()
             for folder in self._made:
@@ -242,20 +384,45 @@ class Writer:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            self._beside("lock").unlink(missing_ok=True)
+            beside(self.target, "lock").unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self.committed:
-            self.abort()
+            # Of a mistake in the recipe or the models nothing is worth keeping: the merge will be another one.
+            self.abort(keep=error is not None and (not isinstance(error, SemeError) or error.fault))
             return
         with _uninterrupted():
             self._descriptors.close()
             self._unlock()
+
+
+def completed(target: Path) -> Identity | None:
+    """What the model in ``target`` is made of, if its merge was killed when it was in place already; else None."""
+    journal = Journal.read(beside(target, "journal")) if target.is_dir() else None
+    if journal is None or journal.committed is None or journal.committed != target.stat().st_ino:
+        return None
+    return journal.identity
+
+
+def tidy(target: Path) -> None:
+    """Remove what a merge left that was killed when the model was in place already."""
+    for what in ("previous", "staging"):
+        _remove(beside(target, what))
+    for what in ("journal", "lock"):
+        beside(target, what).unlink(missing_ok=True)
+
+
+def reserved(target: Path) -> int:
+    """Bytes of disk that an unfinished merge into ``target`` has taken."""
+    try:
+        return sum(path.stat().st_blocks * 512 for path in beside(target.resolve(), "staging").iterdir())
+    except OSError:
+        return 0
 
 
 def check_free(target: Path, overwrite: bool) -> None:
