@@ -168,7 +168,7 @@ class Writer:
                     self._sync_files(self.staging / name for name in plan.files)
                 self._journal.begin()
         except BaseException as e:
-            self.abort(keep=not isinstance(e, SemeError))
+            self.abort(keep=not isinstance(e, SemeError) or e.fault)
             if isinstance(e, OSError):
                 raise TargetError(f"{e.filename or target}: {reason(e)}{_remedy(e)}", fault=True) from e
             raise
@@ -180,7 +180,7 @@ class Writer:
                 _allocate(shard.fileno(), size)
                 _pwrite(shard.fileno(), memoryview(header), 0)
         except OSError as e:
-            raise OSError(e.errno, f"{reason(e)}; it takes {format_size(size)}", str(file)) from e
+            raise TargetError(f"{file} of {format_size(size)}: {reason(e)}{_remedy(e)}", fault=True) from e
 
     def _resumed(self, other: Callable[[Identity], str | None]) -> bool:
         """Take over what an earlier process wrote; False if it left nothing.

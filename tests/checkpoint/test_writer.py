@@ -164,7 +164,7 @@ class TestNothingRemainsWithoutCommit:
             Writer(tmp_path / "out", layout(LISTED, 40))
         if expected is TargetError:
             shard = tmp_path / ".out.seme-staging" / "model-00001-of-00004.safetensors"
-            said = f"{shard}: No space left on device; it takes 146 B; choose another output folder or free the space"
+            said = f"{shard} of 146 B: No space left on device; choose another output folder or free the space"
             assert str(e.value) == said
         assert names(tmp_path) == set()
 
@@ -572,7 +572,8 @@ class TestTargets:
         monkeypatch.setattr(os, "posix_fallocate", fallocate)
         with pytest.raises(TargetError) as e:
             Writer(tmp_path / "out", layout(LISTED, 40))
-        assert str(e.value) == f"{tmp_path / 'out'}: {os.strerror(number)}{remedy}"
+        shard = tmp_path / ".out.seme-staging" / "model-00001-of-00004.safetensors"
+        assert str(e.value) == f"{shard} of 146 B: {os.strerror(number)}{remedy}"
 
     def test_a_staging_folder_that_is_a_link(self, tmp_path: Path) -> None:
         before = old_model(tmp_path / "elsewhere")
