@@ -93,7 +93,10 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def main(recipe: str, folder: Path, points: int, seed: int, options: list[str]) -> dict[str, Any]:
-    """Kill and resume at ``points`` points, evenly and randomly chosen; what was seen."""
+    """Kill and resume at ``points`` points or more, each rare call and random ones; what was seen.
+
+    Every third time the process that goes on is killed as well, and a third one finishes.
+    """
     # Imported here, not by each process again.
     import yaml  # noqa: F401
 
@@ -105,6 +108,7 @@ def main(recipe: str, folder: Path, points: int, seed: int, options: list[str]) 
     assert methods.methods()
     arguments = ["merge", recipe, "--quiet", *options]
     reference, out, old = folder / "reference", folder / "out" / "model", folder / "old"
+    journal = out.parent / ".model.seme-journal"
     shared, seen, random_ = Shared(), Counter[str](), random.Random(seed)
     assert forked(lambda: seme([*arguments, str(reference)])) == 0
     expected = tree(reference)
@@ -143,25 +147,28 @@ def main(recipe: str, folder: Path, points: int, seed: int, options: list[str]) 
     most, lost = 0, []
     for point, moment in chosen:
         start()
-        code = merge(point, moment)
-        first = shared[1]
-        seen[names[point] if code == -9 else "not killed"] += 1
-        state = tree(out) if out.exists() else None
-        whole = state in (None, before) or renamed(state) == renamed(expected)
-        if code == -9 and not whole:
-            lost.append(f"{names[point]} {moment}: a part of a model in its place")
-        shared[0] = shared[1] = 0
-        if code == -9:
-            code = merge(-1, "", "--resume")
-            if first < written:
-                most = max(most, first + shared[1] - written)
+        what, total = f"{names[point]} {moment}", 0
+        again = [(random_.randrange(len(names)), random_.choice(MOMENTS))] if random_.random() < 1 / 3 else []
+        for attempt, (at, when) in enumerate([(point, moment), *again, (-1, "")]):
+            shared[1], shared[0] = 0, 0
+            code = merge(at, when, *(["--resume"] if attempt else []))
+            total += shared[1]
+            if code != -9:
+                break
+            seen[names[point] if attempt == 0 else "going on"] += 1
+            state = tree(out) if out.exists() else None
+            complete = state is not None and renamed(state) == renamed(expected)
+            if state not in (None, before) and not complete:
+                lost.append(f"{what}: a part of a model in its place")
+            if complete and not journal.exists():
+                code = 0  # all was done: there is nothing to go on with
+                (out.parent / ".model.seme-lock").unlink(missing_ok=True)  # empty, taken by the next merge
+                break
+        most = max(most, total - written)
         left = sorted(p.name for p in out.parent.iterdir())
-        if code == 2 and whole and state not in (None, before) and names[point] == "unlink":
-            code = 0  # all was done, the journal removed: there is nothing to resume, as the message says
-            left = [name for name in left if not name.endswith(".seme-lock")]  # empty, taken by the next merge
         if code != 0 or renamed(tree(out)) != renamed(expected) or left != [out.name]:
-            lost.append(f"{names[point]} {moment}: exit code {code}, beside it {left}")
-    return {"points": len(chosen), "killed": dict(seen), "calls": len(names), "redone": most, "lost": lost}
+            lost.append(f"{what}: exit code {code}, beside it {left}")
+    return {"points": sum(seen.values()), "killed": dict(seen), "calls": len(names), "redone": most, "lost": lost}
 
 
 def renamed(files: dict[str, str]) -> dict[str, str]:

@@ -96,11 +96,13 @@ def test_killed_at_any_point(method: str, old: bool, models: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
     assert found["lost"] == []
-    killed = {k: v for k, v in found["killed"].items() if k != "not killed"}
-    assert sum(killed.values()) >= 50
+    killed = found["killed"]
+    assert found["points"] >= 50
+    assert killed.pop("going on") > 5
     assert {"pwrite", "write", "fsync", "rename", "posix_fallocate", "text", "copy", "replace"} <= killed.keys()
-    # 3 workers (one thread, two that wait for the disk), each with one buffer; of 4 buffers each in 2 MiB
-    assert found["redone"] <= 3 * (2 << 20) // 9
+    # Killed up to twice, and each time 3 workers (one thread, two that wait for the disk) had one buffer each; a third
+    # of 2 MiB is what a worker has, for its inputs and an output.
+    assert found["redone"] <= 2 * 3 * (2 << 20) // 9
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
