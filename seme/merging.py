@@ -206,8 +206,13 @@ def run(
         if writer is not None and writer.kept:
             raise KeptInterrupt(*e.args) from e
         raise
-    except MemoryError as e:
-        raise SemeError(f"{out}: memory ran out; give less to --memory or --threads{_kept(writer)}", fault=True) from e
+    except (MemoryError, RuntimeError, ImportError) as e:
+        if not _of_memory(e):
+            raise
+        raise SemeError(
+            f"{out}: memory ran out; allow the process more, or give less to --memory and --threads{_kept(writer)}",
+            fault=True,
+        ) from e
     except SemeError as e:
         if writer is not None and writer.kept:
             raise type(e)(f"{e}{_kept(writer)}", fault=e.fault) from e
@@ -218,6 +223,12 @@ def run(
     seconds = time.monotonic() - done.started
     held = place.gpu.peak if place.gpu is not None else 0
     return MergeResult(out, len(plan.tensors), done.read, done.written, seconds, place.backend, place.device, held)
+
+
+def _of_memory(error: BaseException) -> bool:
+    """True of what is raised where the system gives no more memory, which threads and libraries need as well."""
+    said = ("can't start new thread", "llocate memory", "failed to map segment")
+    return isinstance(error, MemoryError) or any(part in str(error) for part in said)
 
 
 def _kept(writer: Writer | None) -> str:

@@ -9,7 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -334,11 +334,27 @@ class TestOrder:
 class TestFaults:
     """The machine fails: one line that names the file, exit code 1, the target untouched, the work kept."""
 
-    def command(self, *more: str, prepare: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(self, command: list[str], prepare: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
         Path("recipe.yml").write_text(json.dumps(recipe()))
-        command = [sys.executable, "-m", "seme", "merge", "recipe.yml", "out", "--threads", "1", *more]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, preexec_fn=prepare)
+
+    def command(self, *more: str, prepare: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "seme", "merge", "recipe.yml", "out", "--threads", "1", *more]
+        return self.run(command, prepare)
+
+    @pytest.fixture
+    def disk(self, models: Path) -> Iterator[Path]:
+        """A file system of 3 MiB."""
+        disk = models / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no permission to mount a small file system")
+        try:
+            yield disk
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
 
     def one_line(self, run: subprocess.CompletedProcess[str], *parts: str) -> None:
         assert run.returncode == 1, run.stderr
@@ -357,31 +373,40 @@ class TestFaults:
 
     def test_too_little_memory(self, models: Path) -> None:
         def limit() -> None:
-            resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 
-        run = self.command("--memory", "4GiB", prepare=limit)
-        if run.returncode:  # the buffers may fit: they are made as large as is useful
-            self.one_line(run, "memory")
+        # Every thread has a stack of its own, so 1000 do not fit.
+        run = self.command("--threads", "1000", prepare=limit)
+        self.one_line(run, "out: memory ran out; allow the process more, or give less to --memory and --threads")
 
-    def test_a_full_disk(self, models: Path) -> None:
-        disk = models / "disk"
-        disk.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
-        if mounted.returncode:
-            pytest.skip("no permission to mount a small file system")
-        try:
-            Path("recipe.yml").write_text(json.dumps(recipe()))
-            run = subprocess.run(
-                [sys.executable, "-m", "seme", "merge", "recipe.yml", str(disk / "out")],
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )
-            self.one_line(run, str(disk / "out"), "the output needs 2.5 MB", "make room")
-            assert os.listdir(disk) == []
-        finally:
-            subprocess.run(["umount", str(disk)], check=True)
+    def test_a_full_disk(self, disk: Path) -> None:
+        (disk / "other").write_bytes(bytes(1 << 20))
+        run = self.run([sys.executable, "-m", "seme", "merge", "recipe.yml", str(disk / "out")])
+        self.one_line(run, str(disk / "out"), "the output needs 2.5 MB", "make room")
+        assert os.listdir(disk) == ["other"]
+
+    def test_a_disk_that_fills_up_meanwhile(self, models: Path, disk: Path) -> None:
+        program = (
+            "import os, sys\n"
+            "from seme import cli, merging\n"
+            "real = merging.model_card\n"
+            "def fill(*args):\n"
+            "    with open(os.path.dirname(sys.argv[-1]) + '/filler', 'wb', buffering=0) as f:\n"
+            "        while True:\n"
+            "            try: f.write(bytes(4096))\n"
+            "            except OSError: return real(*args)\n"
+            "merging.model_card = fill\n"
+            "sys.exit(cli.main(sys.argv[1:]))\n"
+        )
+        out = disk / "out"
+        run = self.run([sys.executable, "-c", program, "merge", "recipe.yml", str(out)])
+        self.one_line(run, ".out.seme-staging/README.md: write failed: No space left on device", "--resume")
+        assert not out.exists()
+        (disk / "filler").unlink()
+        result = merge(recipe(), out, resume=True)
+        assert result.bytes_written == 0
+        merge(recipe(), "whole")
+        assert contents(out) == contents(Path("whole"))
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
     def test_a_write_that_fails(self, number: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +434,7 @@ class TestFaults:
         said = capsys.readouterr().err
         assert "model.safetensors: write failed: No space left on device; " in said
         assert said.endswith("what is merged is kept, go on with --resume\n")
-        assert main(["merge", "recipe.yml", "out", "--resume", "--json"]) == 0
+        assert main(["merge", "recipe.yml", "out", "--memory", "1MiB", "--resume", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["bytes_written"] < 2_521_400
 
     def test_a_read_that_fails(self, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
