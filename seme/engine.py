@@ -175,16 +175,17 @@ class _Task:
     def begin(self, pass_: Pass) -> list[Chunk]:
         if self.current is not None and not self.current.sample:
             self.complete.update(self.current.inputs)  # read to the end, so known to be finite
-        self.current = pass_
+        before, self.current = self.current, pass_
+        if pass_.countdown is not None and (
+            before is None or (before.countdown, before.inputs) != (pass_.countdown, pass_.inputs)
+        ):
+            self.counted: dict[int, list[int]] = {0: [0] * len(pass_.params[pass_.countdown.parameter])}
         quantum = pass_.op.quantum(pass_.params)
         chunks = self._sample(quantum) if pass_.sample else self._whole(quantum)
         self.open = len(chunks)
         self.seen = sum(c.numel for c in chunks)
         self.partial: dict[int, array[Any]] = {}
         self.shape: tuple[int, ...] = pass_.result.shape
-        self.counted: dict[int, list[int]] = {}
-        if pass_.countdown is not None:
-            self.counted[0] = [0] * len(pass_.params[pass_.countdown.parameter])
         self.turn = threading.Condition()
         return chunks
 
@@ -478,24 +479,27 @@ class Engine:
         """The pass's parameters with its quotas lowered by what the chunks before this one hold.
 
         Chunks are taken in order, so the one before is done or in the hands of another worker; it never waits for
-        a later one. Counts are by the element they reach up to, and stay: a chunk may be tried again in halves.
+        a later one. Counts are by the element they reach up to, and stay: a chunk may be tried again in halves, and
+        the next pass may count the same.
         """
         pass_ = task.current
         assert pass_ is not None
         countdown = pass_.countdown
         assert countdown is not None
-        counts = array("q", bytes(8 * len(pass_.params[countdown.parameter])))
-        with self._computing:
-            out = View(counts.buffer_info()[0], len(counts), INT64)
-            runtime.run(countdown.op, countdown.params, inputs, chunk.numel, out, (len(counts),))
-        with task.turn:
-            while chunk.start not in task.counted:
-                if self._error is not None:
-                    raise self._error
-                task.turn.wait(0.1)
-            before = task.counted[chunk.start]
-            task.counted[chunk.start + chunk.numel] = [a + b for a, b in zip(before, counts)]
-            task.turn.notify_all()
+        end = chunk.start + chunk.numel
+        if not {chunk.start, end} <= task.counted.keys():
+            counts = array("q", bytes(8 * len(pass_.params[countdown.parameter])))
+            with self._computing:
+                out = View(counts.buffer_info()[0], len(counts), INT64)
+                runtime.run(countdown.op, countdown.params, inputs, chunk.numel, out, (len(counts),))
+            with task.turn:
+                while chunk.start not in task.counted:
+                    if self._error is not None:
+                        raise self._error
+                    task.turn.wait(0.1)
+                task.counted[end] = [a + b for a, b in zip(task.counted[chunk.start], counts)]
+                task.turn.notify_all()
+        before = task.counted[chunk.start]
         quotas = [
             quota if quota >= UNLIMITED else max(0, quota - used)
             for quota, used in zip(pass_.params[countdown.parameter], before)

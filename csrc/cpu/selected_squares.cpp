@@ -27,8 +27,9 @@ struct Body {
                 load_deltas<C>(*tensors, at, n, base, deltas.data());
                 if (!cut->everything()) select<C>(above, deltas.data(), count, n, v);
                 for (size_t i = 0; i < count; ++i) {
-                    const T* d = deltas.data() + i * kTile;
-                    for (int64_t j = 0; j < n; ++j) square[j] = double(Sce<C>::square(d[j]));
+                    T* d = deltas.data() + i * kTile;
+                    for (int64_t j = 0; j < n; ++j) d[j] = Sce<C>::square(d[j]);
+                    for (int64_t j = 0; j < n; ++j) square[j] = double(d[j]);  // apart, or neither is done in vectors
                     std::fill(square + n, square + padded, 0.0);
                     lanes[i].add(square, padded);
                 }
