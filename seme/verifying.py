@@ -198,6 +198,7 @@ class _Folder:
         self._hashes: dict[str, Any] | None = None
         self._shards: dict[str, dict[str, Stored]] = {}
         self._broken: set[str] = set()  # shards that cannot be read
+        self._mapped = False  # the index or the manifest says what is in those
         for name in names:
             try:
                 self._shards[name] = {t.name: t for t in read_header(path / name)}
@@ -219,8 +220,8 @@ class _Folder:
 
     def _lack(self, file: str | None, tensor: str, what: str) -> None:
         """Report a tensor that is not there, once, unless it is in a shard that is reported already, or may be."""
-        known = bool(self._broken) if file is None else file in self._broken
-        if tensor not in self._gone and not known:
+        reported = file in self._broken if self._mapped else bool(self._broken)
+        if tensor not in self._gone and not reported:
             self._problem(file, tensor, f"{what}; {COPY_AGAIN}")
         self._gone.add(tensor)
 
@@ -228,11 +229,12 @@ class _Folder:
         """Compare the index with the shards, and find out which tensor is read where."""
         there = self._shards.keys() | self._broken
         places = self._index()
+        self._mapped = places is not None
         belong = set(places.values()) if places else there
         if not (self.path / INDEX).exists():
             if SAFETENSORS in there:
                 belong = {SAFETENSORS}
-            else:
+            elif there:
                 self._problem(INDEX, None, f"missing, and no {SAFETENSORS}; {COPY_AGAIN}")
         for file in sorted(belong - there):
             self._missing(file, "the index names it")
@@ -259,12 +261,8 @@ class _Folder:
 
     def _index(self) -> dict[str, str] | None:
         """The index's map of tensors to files, None if there is no index to go by; its size is checked."""
-        if not (self.path / INDEX).exists():
-            return None
-        try:
-            found = read_json(self.path / INDEX, object_pairs_hook=unique)
-        except CheckpointError as e:
-            self._problem(INDEX, None, f"{self._said(e, INDEX)}; {COPY_AGAIN}")
+        found = self._json(INDEX)
+        if found is None:
             return None
         places, about = found.get("weight_map"), found.get("metadata")
         if not isinstance(places, dict) or not places:
@@ -280,13 +278,19 @@ class _Folder:
             self._problem(INDEX, None, f"total_size is {brief(total)}, the shards hold {stored} bytes; {COPY_AGAIN}")
         return places
 
+    def _json(self, name: str) -> dict[str, Any] | None:
+        """A file of the folder; None if there is none, or one that cannot be read."""
+        if not (self.path / name).exists():
+            return None
+        try:
+            return read_json(self.path / name, object_pairs_hook=unique)
+        except CheckpointError as e:
+            self._problem(name, None, f"{self._said(e, name)}; {COPY_AGAIN}")
+            return None
+
     def check_manifest(self) -> None:
         """Compare names, headers and small files with the manifest, if there is one."""
-        try:
-            found = read_json(self.path / manifest.NAME) if (self.path / manifest.NAME).exists() else None
-        except CheckpointError as e:
-            self._problem(manifest.NAME, None, f"{self._said(e, manifest.NAME)}; {COPY_AGAIN}")
-            return
+        found = self._json(manifest.NAME)
         if found is None:
             return
         if (found.get("format"), found.get("algorithm")) != (manifest.FORMAT, manifest.ALGORITHM):
@@ -297,7 +301,9 @@ class _Folder:
         if not (isinstance(tensors, dict) and isinstance(shards, dict) and isinstance(files, dict)):
             self._problem(manifest.NAME, None, f"tensors, shards or files are missing in it; {COPY_AGAIN}")
             return
-        self._hashes = tensors
+        self._hashes, self._mapped = tensors, True
+        for file in sorted(shards.keys() - self._shards.keys() - self._broken):
+            self._missing(file, "the manifest has it")
         for name, entry in tensors.items():
             file = entry.get("file") if isinstance(entry, dict) else None
             if name not in self.tensors:
@@ -305,20 +311,16 @@ class _Folder:
         for name, tensor in self.tensors.items():
             if name not in tensors:
                 self._problem(tensor.file.name, name, "not in the manifest; was it added after the merge?")
-        for file, hash in shards.items():
-            if file in self._shards:
-                self._compare_file(
-                    file, hash, manifest.hash_header, f"its header is not what was written; {COPY_AGAIN}"
-                )
-            elif file not in self._broken:
-                self._missing(file, "the manifest has it")
+        what = f"its header is not what was written; {COPY_AGAIN}"
+        for file in sorted(shards.keys() & self._shards.keys()):
+            self._compare_file(file, shards[file], manifest.hash_header, what)
+        what = f"not what was written; {COPY_AGAIN}, unless it was edited"
         for file, hash in files.items():
             if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
                 self._problem(manifest.NAME, None, f"file {brief(file)} is not in the folder; {COPY_AGAIN}")
             elif not (self.path / file).is_file():
-                self._missing(file, "the manifest has it")
+                self._problem(file, None, f"missing, the manifest has it; {COPY_AGAIN}")
             else:
-                what = f"not what was written; {COPY_AGAIN}, unless it was edited"
                 self._compare_file(file, hash, manifest.hash_file, what)
 
     def _compare_file(self, file: str, hash: Any, compute: Callable[[Path], str], what: str) -> None:

@@ -238,7 +238,7 @@ class TestDamage:
     def test_all_shards_gone(self) -> None:
         out = merged()
         (out / "model.safetensors").unlink()
-        assert "model.safetensors: missing, the manifest has it; copy it again" in lines(out)
+        assert lines(out, recipe(), sample="all") == ["model.safetensors: missing, the manifest has it; copy it again"]
 
     @pytest.mark.parametrize("checksums", [True, False])
     def test_a_missing_tensor(self, checksums: bool) -> None:
@@ -315,6 +315,19 @@ class TestDamage:
         assert lines(out) == [
             "config.json: not what was written; copy it again, unless it was edited",
             "tokenizer.json: missing, the manifest has it; copy it again",
+        ]
+
+    def test_one_does_not_hide_another(self, here: Path) -> None:
+        out = merged(out_shard_size="2kB")
+        (out / "tokenizer.json").unlink()
+        file, _ = place(out, NAME)
+        os.truncate(file, 100)
+        for name in ("base", "a", "b"):
+            write(here / name, {**decoder(1), "model.more": torch.ones(2)})
+        assert [line.partition("; ")[0] for line in lines(out, recipe(), sample=1)[:3]] == [
+            f"{file.name}: header says {int.from_bytes(file.read_bytes()[:8], 'little')} bytes, the file has 92 left",
+            "tokenizer.json: missing, the manifest has it",
+            "tensor model.more: missing, the recipe gives it",
         ]
 
     def test_a_file_that_cannot_be_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
