@@ -148,6 +148,11 @@ class TestWhole:
         assert report.problems == []
         assert len(report.recomputed) == report.tensors
         assert "all of them are computed again" in report.notes[0]
+        tensors = load_file("out/model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+        save_file(tensors, "out/model.safetensors")
+        Path("out/seme_manifest.json").unlink()
+        assert [p.tensor for p in check("out", config).problems] == ["model.norm.weight"]  # the others are equal still
 
     def test_integers_are_compared(self, here: Path) -> None:
         for name in ("base", "a", "b"):
@@ -298,6 +303,11 @@ class TestDamage:
         out = merged(nonfinite="keep")
         assert lines(out, recipe(), sample="all", nonfinite="keep") == []
         assert "8 of 96 elements are inf or NaN" in lines(out)[0]
+        file, at = place(out, NAME)
+        flip(file, at + 4 * 3 * 8)  # another NaN is a NaN all the same, but not the bytes that were written
+        assert [line.partition("(")[2] for line in lines(out, recipe(), sample="all", nonfinite="keep")] == [
+            "hash); copy it again"
+        ]
         with pytest.raises(CheckpointError, match=r"a/model.safetensors: tensor .* are inf or NaN; repair the model"):
             check(out, recipe(), sample="all")
 
