@@ -242,7 +242,7 @@ def _add(total: array[int], other: array[int]) -> None:
 
 
 class Engine:
-    """Runs one plan into one writer."""
+    """Runs one plan into one output."""
 
     def __init__(self, plan: Plan, writer: Output, place: Place, options: Options) -> None:
         self.plan, self.writer, self.place, self.options = plan, writer, place, options

@@ -73,7 +73,7 @@ def write(folder: Path, threads: int) -> None:
         raise TargetError(f"{e.filename or folder / NAME}: {reason(e)}; merge again", fault=True) from e
 
 
-def described(tensor: Stored, hash: str | None) -> dict[str, Any]:
+def described(tensor: Stored, hash: str) -> dict[str, Any]:
     """A tensor as the manifest has it."""
     return {"file": tensor.file.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape), "hash": hash}
 
