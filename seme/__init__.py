@@ -1,6 +1,6 @@
 """seme merges language models without data and without training.
 
-The public API: :func:`merge`, :func:`merge_state_dicts`, :class:`SemanticBases`, and the packages
+The public API: :func:`merge`, :func:`merge_state_dicts`, :func:`verify`, :class:`SemanticBases`, and the packages
 :mod:`seme.methods`, :mod:`seme.ops` and :mod:`seme.semantics`. Importing it loads neither torch nor transformers; what
 a call needs is imported by the call.
 """
@@ -16,16 +16,28 @@ if TYPE_CHECKING:
     from seme.merging import MergeResult, merge
     from seme.semantics.bases import SemanticBases
     from seme.state_dicts import merge_state_dicts
+    from seme.verifying import VerifyReport, verify
 
 __version__ = "0.1.0"
-__all__ = ["MergeResult", "SemanticBases", "SemeError", "__version__", "merge", "merge_state_dicts"]
+__all__ = [
+    "MergeResult",
+    "SemanticBases",
+    "SemeError",
+    "VerifyReport",
+    "__version__",
+    "merge",
+    "merge_state_dicts",
+    "verify",
+]
 
 _HOME = {
     "MergeResult": "seme.merging",
     "SemanticBases": "seme.semantics.bases",
     "SemeError": "seme.errors",
+    "VerifyReport": "seme.verifying",
     "merge": "seme.merging",
     "merge_state_dicts": "seme.state_dicts",
+    "verify": "seme.verifying",
 }
 
 # In a checkout the Triton kernels lie beside this package, in kernels/; there they are seme.kernels as well.

@@ -1,4 +1,4 @@
-"""The command line: ``seme merge``, ``methods``, ``bases``, ``env``, ``demo``."""
+"""The command line: ``seme merge``, ``verify``, ``methods``, ``bases``, ``env``, ``demo``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 COMPLETE = "; the merge was complete"
 KEPT = "; what is merged is kept, go on with --resume"
+SHOWN = 20
+"""Problems that are printed; JSON has all."""
 BASES = {
     "required": "required",
     "optional": "optional, task vectors from it are merged instead of the models",
@@ -103,6 +105,31 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, state="")
         return sub
 
+    def computing(sub: argparse.ArgumentParser) -> None:
+        """How a merge is computed."""
+        sub.add_argument("--memory", metavar="SIZE", help="limit of the buffers (default: 256MiB, on a GPU 1GiB)")
+        sub.add_argument("--threads", type=int, metavar="N", help="chunks computed at once (default: all cores)")
+        sub.add_argument(
+            "--backend",
+            default="auto",
+            choices=("auto", "cpu", "torch", "triton", "cuda"),
+            help="kernels to use (default: %(default)s)",
+        )
+        sub.add_argument(
+            "--device",
+            default="auto",
+            metavar="DEVICE",
+            help="auto, cpu or cuda[:N]; auto takes a GPU where it is worth its start (default: %(default)s)",
+        )
+        sub.add_argument(
+            "--nonfinite",
+            default="error",
+            choices=("error", "keep", "zero"),
+            help="inf or NaN in an input: stop, keep or replace by 0 (default: %(default)s)",
+        )
+        sub.add_argument("--seed", type=int, metavar="N", help="of methods that draw random numbers (default: 0)")
+        sub.add_argument("--compat", choices=("mergekit",), help="mergekit's values where seme's differ by default")
+
     merge = command("merge", _merge, "merge models as a mergekit-style YAML recipe says")
     merge.add_argument("config", metavar="CONFIG", help="the recipe, a YAML file")
     merge.add_argument("out", metavar="OUT", type=Path, help="the new model folder")
@@ -114,36 +141,39 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--resume", action="store_true", help="go on with a merge into OUT that was killed or stopped, if there is one"
     )
-    merge.add_argument("--memory", metavar="SIZE", help="limit of the buffers (default: 256MiB, on a GPU 1GiB)")
+    merge.add_argument(
+        "--checksums", action="store_true", help="write a hash of every tensor and file into OUT, for seme verify"
+    )
+    computing(merge)
     merge.add_argument("--gpu-memory", metavar="SIZE", help="limit of the GPU's memory (default: 80%% of what is free)")
-    merge.add_argument("--threads", type=int, metavar="N", help="chunks computed at once (default: all cores)")
-    merge.add_argument(
-        "--backend",
-        default="auto",
-        choices=("auto", "cpu", "torch", "triton", "cuda"),
-        help="kernels to use (default: %(default)s)",
-    )
-    merge.add_argument(
-        "--device",
-        default="auto",
-        metavar="DEVICE",
-        help="auto, cpu or cuda[:N]; auto takes a GPU where it is worth its start (default: %(default)s)",
-    )
     merge.add_argument(
         "--out-shard-size", default="5GB", metavar="SIZE", help="largest output file (default: %(default)s)"
     )
     merge.add_argument(
-        "--nonfinite",
-        default="error",
-        choices=("error", "keep", "zero"),
-        help="inf or NaN in an input: stop, keep or replace by 0 (default: %(default)s)",
-    )
-    merge.add_argument("--seed", type=int, metavar="N", help="of methods that draw random numbers (default: 0)")
-    merge.add_argument("--compat", choices=("mergekit",), help="mergekit's values where seme's differ by default")
-    merge.add_argument(
         "--keep-steps", type=Path, metavar="DIR", help="keep the results of recipes with a name in this folder"
     )
     merge.add_argument("--quiet", "-q", action="store_true", help="print nothing but errors")
+
+    verify = command("verify", _verify, "check that a merged model is whole, or what its recipe gives; reads only")
+    verify.add_argument("out", metavar="OUT", type=Path, help="the model folder")
+    verify.add_argument(
+        "--against",
+        metavar="CONFIG",
+        help="a recipe, from which tensors are computed again and compared (OUT/seme_config.yml is that of the merge); "
+        "options below that the merge had must be given again",
+    )
+    verify.add_argument(
+        "--sample", default="32", metavar="N|all", help="tensors that are computed again (default: %(default)s)"
+    )
+    verify.add_argument(
+        "--sample-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="other tensors for another number (default: %(default)s)",
+    )
+    computing(verify)
+    verify.add_argument("--quiet", "-q", action="store_true", help="print nothing but problems and errors")
 
     methods = command("methods", _methods, "list the merge methods, or explain one")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
@@ -202,7 +232,8 @@ def _merge(args: argparse.Namespace) -> int:
         with display:
             overwrite = args.overwrite and name is None
             goes_on = args.resume if len(found_steps) == 1 else None
-            return run(plan, target, options, args.backend, args.device, overwrite, display.update, goes_on)
+            checksums = args.checksums and name is None
+            return run(plan, target, options, args.backend, args.device, overwrite, display.update, goes_on, checksums)
 
     result = merge_steps(found_steps, args.out, args.keep_steps, args.overwrite, one)
     args.state = COMPLETE
@@ -281,8 +312,8 @@ def _peak_memory() -> int:
 class _Display:
     """Progress: a bar on a terminal, a line every ten seconds elsewhere, nothing when quiet."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool, doing: str = "merging", done: str = "written") -> None:
+        self.quiet, self._doing, self._done = quiet, doing, done
         self.terminal = not quiet and sys.stderr.isatty()
         self._said = time.monotonic()
         self._bar: Any = None
@@ -314,7 +345,7 @@ class _Display:
         share = progress.done / max(progress.total, 1)
         left = elapsed * (1 - share) / share if share > 0 else 0.0
         return (
-            f"{share:4.0%}  {format_size(progress.done)} of {format_size(progress.total)} written, "
+            f"{share:4.0%}  {format_size(progress.done)} of {format_size(progress.total)} {self._done}, "
             f"{format_size(self._rate(progress))}/s read and written, {left:.0f} s left"
         )
 
@@ -338,14 +369,61 @@ class _Display:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._row = self._bar.add_task("merging", total=progress.total, rate="", memory="")
+            self._row = self._bar.add_task(self._doing, total=progress.total, rate="", memory="")
             self._bar.start()
         self._bar.update(
             self._row,
+            total=progress.total,
             completed=progress.done,
             rate=f"{format_size(self._rate(progress))}/s",
             memory=f"peak {format_size(_peak_memory())}",
         )
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from seme.sizes import format_size
+    from seme.verifying import verify
+
+    display = _Display(args.quiet or args.json, "verifying", "checked")
+    with display:
+        report = verify(
+            args.out,
+            None if args.against is None else Path(args.against),
+            sample=args.sample,
+            sample_seed=args.sample_seed,
+            memory=args.memory,
+            threads=args.threads,
+            backend=args.backend,
+            device=args.device,
+            nonfinite=args.nonfinite,
+            seed=args.seed,
+            compat=args.compat,
+            watch=display.update,
+        )
+    problems = report.problems
+    if args.json:
+        found = {
+            "path": str(report.path),
+            "tensors": report.tensors,
+            "bytes": report.bytes,
+            "hashed": report.hashed,
+            "recomputed": report.recomputed,
+            "problems": [{"file": p.file, "tensor": p.tensor, "what": p.what} for p in problems],
+            "notes": report.notes,
+            "seconds": report.seconds,
+        }
+        print(json.dumps(found, indent=2))
+    elif problems or not args.quiet:
+        for line in (*(f"note: {n}" for n in report.notes), *problems[:SHOWN]):
+            print(line)
+        if len(problems) > SHOWN:
+            print(f"and {len(problems) - SHOWN} more; --json lists all")
+        done = [f"{report.tensors} tensors, {format_size(report.bytes)} read"]
+        done.append("no manifest" if report.hashed is None else f"{report.hashed} hashes compared")
+        if args.against is not None:
+            done.append(f"{len(report.recomputed)} tensors computed again")
+        print(f"{report.path}: {f'{len(problems)} problem(s)' if problems else 'fine'}: {', '.join(done)}")
+    return 1 if problems else 0
 
 
 def _methods(args: argparse.Namespace) -> int:

@@ -16,10 +16,9 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from seme import dtypes
-from seme.checkpoint import Writer
 from seme.dtypes import DType
 from seme.errors import BackendError, CheckpointError, ConfigError
 from seme.methods import Merge, Pass, Reduced
@@ -67,6 +66,22 @@ class Options:
         if self.memory is not None:
             return self.memory
         return 1 << (28 if place.gpu is None else 30)
+
+
+class Output(Protocol):
+    """Where a merge goes: a :class:`seme.checkpoint.Writer`, whose methods these are, or what stands in for one."""
+
+    def write(self, tensor: str, start: int, data: memoryview) -> None:
+        """Take bytes from byte ``start`` of a tensor on, whole elements. Called from many threads."""
+
+    def has(self, tensor: str, start: int, size: int) -> bool:
+        """True if it needs these bytes no more."""
+
+    def tell(self, tensor: str, what: Any) -> None:
+        """Take what the method told of a tensor."""
+
+    def told(self, tensor: str) -> Any:
+        """What was told of a tensor before; None if it has to be merged."""
 
 
 @dataclass
@@ -228,9 +243,9 @@ def _add(total: array[int], other: array[int]) -> None:
 
 
 class Engine:
-    """Runs one plan into one writer."""
+    """Runs one plan into one output."""
 
-    def __init__(self, plan: Plan, writer: Writer, place: Place, options: Options) -> None:
+    def __init__(self, plan: Plan, writer: Output, place: Place, options: Options) -> None:
         self.plan, self.writer, self.place, self.options = plan, writer, place, options
         self.size = chunk_bytes(plan, options, place)
         self._workers = workers(options, place)

@@ -35,6 +35,13 @@ def cannot_read(e: OSError) -> str:
     return f"cannot be read: {e.strerror or e}; {remedy}"
 
 
+def one_line(message: str) -> str:
+    """A message as it is shown: one printable line of at most about 1000 characters."""
+    if len(message) > 1000:
+        message = f"{message[:500]}...{message[-497:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
 class SemeError(ValueError):
     """A mistake in the recipe, the checkpoints or the call; exit code 2 on the command line.
 
@@ -47,9 +54,7 @@ class SemeError(ValueError):
 
     def __init__(self, message: str, *, fault: bool = False) -> None:
         self.fault = fault
-        if len(message) > 1000:
-            message = f"{message[:500]}...{message[-497:]}"
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(one_line(message))
 
 
 class ConfigError(SemeError):

@@ -17,9 +17,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from seme.checkpoint import Writer
 from seme.dtypes import DType, float32
-from seme.engine import Options, Progress, process_memory
+from seme.engine import Options, Output, Progress, process_memory
 from seme.errors import CheckpointError
 from seme.methods._matrix import Context, Stack
 from seme.ops._op import why_not
@@ -118,12 +117,13 @@ def bases_memory(plan: Plan) -> int:
 class MatrixEngine:
     """Runs the plan of a matrix method into a writer."""
 
-    def __init__(self, plan: Plan, writer: Writer, place: Place, options: Options) -> None:
+    def __init__(self, plan: Plan, writer: Output, place: Place, options: Options, tells: bool = True) -> None:
+        """``tells``: make a merge report, where the method has one."""
         self.plan, self.writer, self.place, self.options = plan, writer, place, options
         self.progress = Progress(total=sum(t.spec.numel * t.spec.dtype.itemsize for t in plan.tensors))
         self.report = MergeReport(plan)
         # What is told of the experts is about the same ones in every slice.
-        self._tells = len({tuple(e.ref for e in part.entries) for part in plan.config.slices}) == 1
+        self._tells = tells and len({tuple(e.ref for e in part.entries) for part in plan.config.slices}) == 1
         self._made_bases = functools.cache(self._bases)
         rows = options.buffers(place) if place.gpu is None else min(options.buffers(place), rows_memory(place))
         # Without Triton each op takes CUDA C++ where it has it, else plain torch.

@@ -13,7 +13,7 @@ from typing import Any
 
 from seme import gpu, resuming, steps
 from seme import plan as planning
-from seme.checkpoint import Writer, check_free, completed, local_path, tidy
+from seme.checkpoint import Writer, check_free, completed, local_path, manifest, tidy
 from seme.checkpoint.tokenizer import MODEL_FILES, OUTDATED, TOKENIZER_FILES
 from seme.config import MergeConfig
 from seme.dtypes import DType
@@ -63,6 +63,7 @@ def merge(
     gpu_memory: str | int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    checksums: bool = False,
     out_shard_size: str | int = "5GB",
     nonfinite: str = "error",
     seed: int | None = None,
@@ -86,6 +87,7 @@ def merge(
         resume: go on with a merge into ``out`` that was killed or stopped, if there is one; the bytes are those of a
             merge that was not. Recipe, models and options must be the same; memory and threads only where a method
             works on whole matrices.
+        checksums: write ``seme_manifest.json``, a hash of every tensor and file, for :func:`seme.verify`.
         out_shard_size: largest output file, bytes or e.g. ``"5GB"``.
         nonfinite: inf or NaN in an input: ``error`` (named with tensor and count), ``keep`` or ``zero``.
         seed: of methods that draw random numbers; overrules the recipe's, which is 0 by default.
@@ -114,7 +116,8 @@ def merge(
         target = Path(out) if name is None else place
         plan = planning.make(step, target, shard, may_replace(target, overwrite and name is None, resume), recipe)
         goes_on = resume if len(found) == 1 else None
-        return run(plan, target, options, backend, device, overwrite and name is None, watch, goes_on)
+        output = name is None
+        return run(plan, target, options, backend, device, overwrite and output, watch, goes_on, checksums and output)
 
     return merge_steps(found, Path(out), keep, overwrite, one)
 
@@ -175,6 +178,7 @@ def run(
     overwrite: bool = False,
     watch: Callable[[Progress], None] | None = None,
     resume: bool | None = False,
+    checksums: bool = False,
 ) -> MergeResult:
     """Run a plan made for the folder ``out``; see :func:`merge`. ``resume`` None keeps no journal."""
     writer, target = None, out.resolve()
@@ -183,6 +187,8 @@ def run(
         made_of = resuming.identity(plan, options, place, _copied(plan))
         other = functools.partial(resuming.difference, made_of) if resume else None
         if other is not None and (then := completed(target)) is not None and other(then) is None:
+            if checksums:
+                manifest.write(target, options.threads)
             tidy(target)
             return MergeResult(out, len(plan.tensors), 0, 0, 0.0, place.backend, place.device)
         with Writer(target, plan.layout, overwrite, None if resume is None else made_of, other) as writer:
@@ -198,6 +204,8 @@ def run(
             if report is not None:
                 writer.json("merge_report.json", report)
             writer.text("README.md", model_card(plan, target.name, report))
+            if checksums:
+                manifest.write(writer.staging, options.threads)
             resuming.check_unchanged(made_of)
             writer.commit()
     except KeyboardInterrupt as e:

@@ -27,7 +27,41 @@ if TYPE_CHECKING:
     Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class Checkpoint:
+class Reader:
+    """Reads tensors of safetensors files from where they lie. The files stay open until :meth:`close`."""
+
+    def __init__(self) -> None:
+        self._descriptors = Descriptors(os.O_RDONLY)
+
+    def read_into(self, tensor: Stored, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of ``tensor`` from byte ``start`` on. Safe from many threads.
+
+        Raises:
+            CheckpointError: the file ended early, or the read failed.
+        """
+        with self._open(tensor) as descriptor:
+            done, want = 0, len(buffer)
+            while done < want:  # one call gives at most 2 GiB
+                got = os.preadv(descriptor, [buffer[done:] if done else buffer], tensor.offset + start + done)
+                if got == 0:
+                    raise _ends_early(tensor, descriptor, start + want)
+                done += got
+
+    @contextmanager
+    def _open(self, tensor: Stored) -> Iterator[int]:
+        """The descriptor of a tensor's file; a read that fails in the block is an error that names both."""
+        try:
+            with self._descriptors.use(tensor.file) as descriptor:
+                yield descriptor
+        except OSError as e:
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: read failed: {reason(e)}", fault=True) from e
+
+    def close(self) -> None:
+        """Close the files."""
+        self._descriptors.close()
+
+
+class Checkpoint(Reader):
     """An open checkpoint folder (or a single ``.safetensors`` / ``.bin`` file).
 
     Attributes:
@@ -43,6 +77,7 @@ class Checkpoint:
         Raises:
             CheckpointError: anything missing, truncated, hostile or contradictory, with the file's name.
         """
+        super().__init__()
         if path.is_file():
             self.path, self.files, weight_map = path.parent, [path], None
         elif path.is_dir():
@@ -53,7 +88,6 @@ class Checkpoint:
         self.config: dict[str, Any] = {}
         if (self.path / "config.json").is_file():
             self.config = read_json(self.path / "config.json")
-        self._descriptors = Descriptors(os.O_RDONLY)
         self._loaded: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
         self._asked: set[str] = set()  # tensors of which the file was asked for all
@@ -112,21 +146,11 @@ class Checkpoint:
         return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
 
     def read_into(self, tensor: Stored, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes of ``tensor`` from byte ``start`` on. Safe from many threads.
-
-        Raises:
-            CheckpointError: the file ended early, or the read failed.
-        """
+        """As :meth:`Reader.read_into`, of ``.bin`` files too."""
         if tensor.name in self._loaded:
             self._copy_loaded(tensor.name, start, buffer)
-            return
-        with self._open(tensor) as descriptor:
-            done, want = 0, len(buffer)
-            while done < want:  # one call gives at most 2 GiB
-                got = os.preadv(descriptor, [buffer[done:] if done else buffer], tensor.offset + start + done)
-                if got == 0:
-                    raise _ends_early(tensor, descriptor, start + want)
-                done += got
+        else:
+            super().read_into(tensor, start, buffer)
 
     def read_runs(self, tensor: Stored, starts: Int64, places: Int64, sizes: Int64, buffer: memoryview) -> None:
         """Read many short runs of bytes at once, ``sizes`` bytes each, from ``starts`` in the tensor to ``places`` in
@@ -155,15 +179,6 @@ class Checkpoint:
             if done < len(sizes):
                 raise _ends_early(tensor, descriptor, int(starts[done] + sizes[done]))
 
-    @contextmanager
-    def _open(self, tensor: Stored) -> Iterator[int]:
-        """The descriptor of a tensor's file; a read that fails in the block is an error that names both."""
-        try:
-            with self._descriptors.use(tensor.file) as descriptor:
-                yield descriptor
-        except OSError as e:
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: read failed: {reason(e)}", fault=True) from e
-
     def _copy_loaded(self, name: str, start: int, buffer: memoryview) -> None:
         import torch
 
@@ -177,7 +192,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files."""
-        self._descriptors.close()
+        super().close()
         self._loaded.clear()
 
     def __enter__(self) -> Checkpoint:
