@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from benchmarks.common import MIB, ROOT
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 CHANGED = 0.3
@@ -96,6 +97,7 @@ SIZES = {
     "0.43b": Llama(vocabulary=32000, hidden=1024, layers=24, intermediate=4096, heads=16, kv_heads=4),
     "1.5b": Llama(vocabulary=32000, hidden=2048, layers=24, intermediate=7680, heads=16, kv_heads=4),
     "7b": Llama(vocabulary=32000, hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32),
+    "70b": Llama(vocabulary=128256, hidden=8192, layers=80, intermediate=28672, heads=64, kv_heads=8),
     # One tensor of 4 GiB: shows that memory does not grow with the largest tensor.
     "one-tensor": Llama(vocabulary=524288, hidden=4096, layers=0, intermediate=4096, heads=32, kv_heads=32),
 }
@@ -125,6 +127,12 @@ class Pools:
             at = 0
             yield piece + 1 if name.endswith("norm.weight") else piece
 
+    def data(self, model: int) -> Callable[[str, int], Iterator[np.ndarray]]:
+        """The same as bytes, for :func:`store`."""
+        import torch
+
+        return lambda name, n: (piece.view(torch.uint8).numpy() for piece in self.weights(model, name, n))
+
 
 def _shards(tensors: dict[str, tuple[int, ...]], count: int) -> list[dict[str, tuple[int, ...]]]:
     """The tensors in order, divided into at most ``count`` files of about equal size."""
@@ -140,17 +148,29 @@ def _shards(tensors: dict[str, tuple[int, ...]], count: int) -> list[dict[str, t
     return files
 
 
-def write(folder: Path, llama: Llama, model: int, pools: Pools) -> None:
-    """Write one model into a new folder; model 0 is the base."""
-    import torch
+def store(
+    folder: Path,
+    config: Mapping[str, object],
+    tensors: dict[str, tuple[int, ...]],
+    shards: int,
+    data: Callable[[str, int], Iterable[bytes | np.ndarray]] | None,
+) -> None:
+    """Write a bfloat16 model into a new folder.
 
+    Args:
+        folder: made here.
+        config: ``config.json``.
+        tensors: name -> shape.
+        shards: number of weight files, at most.
+        data: the bytes of a tensor, from its name and its number of weights; None makes sparse files, all zeros, that
+            take no room.
+    """
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(llama.config(), indent=2))
-    shards = _shards(llama.tensors(), SHARDS)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    files = _shards(tensors, shards)
     weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for number, shard in enumerate(files, 1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in sorted(shard):
@@ -161,12 +181,21 @@ def write(folder: Path, llama: Llama, model: int, pools: Pools) -> None:
         text += b" " * (-len(text) % 8)
         with open(folder / file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
+            if data is None:
+                out.truncate(8 + len(text) + end)
+                continue
             for name in sorted(shard):
-                for piece in pools.weights(model, name, prod(shard[name])):
-                    out.write(piece.view(torch.uint8).numpy())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": 2 * llama.parameters}, "weight_map": weight_map}
+                for piece in data(name, prod(shard[name])):
+                    out.write(piece)
+    if len(files) > 1:
+        size = sum(2 * prod(shape) for shape in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write(folder: Path, llama: Llama, model: int, pools: Pools) -> None:
+    """Write one model into a new folder; model 0 is the base."""
+    store(folder, llama.config(), llama.tensors(), SHARDS, pools.data(model))
 
 
 def names(fine_tunes: int) -> list[str]:

@@ -37,8 +37,8 @@ UNLIMITED = 1 << 62
 """Quotas from here on mean all; see the ops with ``tie_quotas``."""
 PROCESS_MEMORY = 30_000_000
 TORCH_MEMORY = 350_000_000
-TENSOR_MEMORY = 2500
-"""Resident bytes of the interpreter with seme, of it with torch, and of the plan of one tensor, as measured."""
+TENSOR_MEMORY = 1200
+"""Resident bytes of the interpreter with seme, of it with torch, and of one input of a planned tensor, as measured."""
 TRIES = 4
 """Times that the smallest chunk is tried on a device without memory: others there may be done with theirs."""
 WAITING = 2
@@ -172,7 +172,8 @@ def process_memory(plan: Plan, torch: bool) -> int:
     """Bytes beside the buffers: interpreter, plan, torch if it is used, and ``.bin`` files, which torch maps."""
     torch = torch or any(s.needs_torch for t in plan.tensors for s in t.sources)
     mapped = sum(s.nbytes for t in plan.tensors for s in t.sources if s.file.suffix != ".safetensors")
-    return (TORCH_MEMORY if torch else PROCESS_MEMORY) + TENSOR_MEMORY * len(plan.tensors) + mapped
+    planned = sum(len(t.sources) for t in plan.tensors)
+    return (TORCH_MEMORY if torch else PROCESS_MEMORY) + TENSOR_MEMORY * planned + mapped
 
 
 class _Task:

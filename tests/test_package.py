@@ -1,7 +1,8 @@
 """The package: what is in the wheel and the sdist, the ways to build it, and what importing it costs.
 
 Nothing here needs a network: builds run without isolation, on copies of the tree. The C++ sources are compiled
-once, for the wheel that is built from the sdist.
+once, for the wheel that is built from the sdist, and without optimization, which takes the compiler most of its time;
+the module that all other tests run is compiled with it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 IGNORED = (".git", ".venv*", ".*_cache", ".hypothesis", ".benchmarks", "build", "dist", "*.egg-info", "__pycache__")
 LINUX = sys.platform == "linux"
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler to build the wheel with"
-)
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build the wheel with")
 
 
 BARE = ("-S",)
@@ -58,6 +58,24 @@ def pip_wheel(tree: Path, to: Path, **variables: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> dict[str, str]:
+    """Variables of a build whose compiler does not optimize, whatever it is told."""
+    script = tmp_path_factory.mktemp("compiler") / "quick-c++"
+    script.write_text(
+        f"""#!/bin/sh
+for argument; do
+    shift
+    [ "$argument" = -O3 ] && argument=-O0
+    set -- "$@" "$argument"
+done
+exec {COMPILER} "$@"
+"""
+    )
+    script.chmod(0o755)
+    return {"CXX": str(script)}
+
+
 def unpack(wheels: Path) -> Path:
     """The only wheel in a folder, unpacked beside it: what an install puts into site-packages."""
     (wheel,) = wheels.glob("*.whl")
@@ -80,12 +98,12 @@ def tree(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tree, tmp_path_factory) -> Path:
+def built(tree, quick, tmp_path_factory) -> Path:
     """A folder with the sdist and the wheel made from it; a torch that cannot be imported stands in the way."""
     out = tmp_path_factory.mktemp("dist")
     trap = tmp_path_factory.mktemp("trap")
     (trap / "torch.py").write_text("raise RuntimeError('the build imported torch')\n")
-    variables = {"SEME_NATIVE": "1", "SEME_CUDA": "0", "PYTHONPATH": str(trap)}
+    variables = {"SEME_NATIVE": "1", "SEME_CUDA": "0", "PYTHONPATH": str(trap), **quick}
     done = run("-m", "build", "--no-isolation", "--outdir", out, tree, cwd=out, **variables)
     assert done.returncode == 0, done.stdout
     return out
@@ -204,13 +222,13 @@ def stub_sources(tree: Path) -> None:
 
 
 @needs_compiler
-def test_failed_build_does_not_ship_the_module_of_an_earlier_one(tmp_path):
+def test_failed_build_does_not_ship_the_module_of_an_earlier_one(quick, tmp_path):
     tree = copy_tree(tmp_path / "tree")
     stub_sources(tree)
-    assert pip_wheel(tree, tmp_path / "first", SEME_CUDA="0").returncode == 0
+    assert pip_wheel(tree, tmp_path / "first", SEME_CUDA="0", **quick).returncode == 0
     assert compiled(names(unpack(tmp_path / "first")))
     (tree / "csrc" / "bindings.cpp").write_text("not C++\n")
-    assert pip_wheel(tree, tmp_path / "second", SEME_CUDA="0").returncode == 0
+    assert pip_wheel(tree, tmp_path / "second", SEME_CUDA="0", **quick).returncode == 0
     assert not compiled(names(unpack(tmp_path / "second")))
 
 
@@ -272,11 +290,11 @@ def test_kernels_of_an_editable_install(tmp_path, mode):
 
 
 @needs_compiler
-def test_editable_install_puts_the_module_beside_its_sources(tmp_path):
+def test_editable_install_puts_the_module_beside_its_sources(quick, tmp_path):
     tree = copy_tree(tmp_path / "tree")
     stub_sources(tree)
     (tmp_path / "wheel").mkdir()
-    done = run("-c", EDITABLE, tmp_path / "wheel", "lenient", cwd=tree, SEME_NATIVE="1", SEME_CUDA="0")
+    done = run("-c", EDITABLE, tmp_path / "wheel", "lenient", cwd=tree, SEME_NATIVE="1", SEME_CUDA="0", **quick)
     assert done.returncode == 0, done.stdout
     assert [f.partition(".")[0] for f in compiled(names(tree))] == ["seme/_C"]
     where = "import sys, site; site.addsitedir(sys.argv[1]); import seme._C; print(seme._C.stub, seme._C.__file__)"

@@ -6,6 +6,8 @@
 // orders of the warps, races within a warp, speed.
 #pragma once
 
+#undef _FORTIFY_SOURCE  // its longjmp takes the stack of another fiber for an error
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -34,7 +36,7 @@ struct dim3 {
 namespace emulator {
 
 struct Thread {
-    ucontext_t context;
+    jmp_buf place;  // where it waits
     std::unique_ptr<char[]> stack;
     dim3 index;
     bool alive;
@@ -46,12 +48,17 @@ constexpr size_t kStack = 128 << 10;
 constexpr int kWarp = 32;
 alignas(16) inline char dynamic_shared[128 << 10];
 inline std::vector<Thread> threads;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline size_t current;
 inline bool progress;
 inline dim3 block, grid;
 inline void* body;  // of the kernel, for every thread
 inline void (*call_body)(void*);
+
+// Back to the scheduler, until it comes to this thread again. swapcontext would ask the system at every switch.
+__attribute__((noinline)) inline void leave() {
+    if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
+}
 
 // Waits until threads [first, last) that have not ended have called this as often as the current thread has.
 inline void wait(size_t first, size_t last, long Thread::* arrivals) {
@@ -60,7 +67,7 @@ inline void wait(size_t first, size_t last, long Thread::* arrivals) {
         size_t t = first;
         while (t < last && (!threads[t].alive || threads[t].*arrivals >= mine)) ++t;
         if (t == last) break;
-        swapcontext(&threads[current].context, &scheduler);
+        leave();
     }
     progress = true;
 }
@@ -88,11 +95,28 @@ V slot(size_t thread) {
     return value;
 }
 
+// What a fiber does: the kernel, for one block after the other.
 inline void run_thread() {
-    call_body(body);
-    threads[current].alive = false;
-    progress = true;
-    swapcontext(&threads[current].context, &scheduler);
+    for (;;) {
+        call_body(body);
+        threads[current].alive = false;
+        progress = true;
+        leave();
+    }
+}
+
+// Runs the current thread until it leaves.
+__attribute__((noinline)) inline void enter() {
+    Thread& thread = threads[current];
+    if (_setjmp(scheduler)) return;
+    if (thread.stack) _longjmp(thread.place, 1);
+    thread.stack.reset(new char[kStack]);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = thread.stack.get();
+    context.uc_stack.ss_size = kStack;
+    makecontext(&context, run_thread, 0);
+    setcontext(&context);
 }
 
 // Runs a warp until it has ended or waits for another one; false if it could not move.
@@ -101,7 +125,7 @@ inline bool run_warp(size_t first) {
     do {
         progress = false;
         for (current = first; current < first + kWarp; ++current)
-            if (threads[current].alive) swapcontext(&scheduler, &threads[current].context);
+            if (threads[current].alive) enter();
         moved |= progress;
     } while (progress);
     return moved;
@@ -109,15 +133,9 @@ inline bool run_warp(size_t first) {
 
 inline void run_block() {
     for (size_t t = 0; t < threads.size(); ++t) {
-        Thread& thread = threads[t];
-        if (!thread.stack) thread.stack.reset(new char[kStack]);
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = kStack;
-        thread.index = dim3(unsigned(t), 0, 0);
-        thread.alive = true;
-        thread.block_arrivals = thread.warp_arrivals = 0;
-        makecontext(&thread.context, run_thread, 0);
+        threads[t].index = dim3(unsigned(t), 0, 0);
+        threads[t].alive = true;
+        threads[t].block_arrivals = threads[t].warp_arrivals = 0;
     }
     bool moved = true;
     while (moved) {
