@@ -47,9 +47,13 @@ class SemeError(ValueError):
 
     def __init__(self, message: str, *, fault: bool = False) -> None:
         self.fault = fault
-        if len(message) > 1000:
-            message = f"{message[:500]}...{message[-497:]}"
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in _shortened(message))
+        super().__init__(_shortened(shown))
+
+
+def _shortened(text: str) -> str:
+    """At most 1000 characters of a message."""
+    return text if len(text) <= 1000 else f"{text[:500]}...{text[-497:]}"
 
 
 class ConfigError(SemeError):
