@@ -98,6 +98,8 @@ class Guard:
                     self.seen.append(f"opened {name!r}, which lies elsewhere")
         elif event == "subprocess.Popen" and list(args[1])[:3] == [sys.executable, "-I", "-c"]:
             pass  # the search of a regular expression
+        elif event == "ctypes.dlopen" and str(args[0]).startswith(self.trusted):
+            pass  # a library of Python's, imported at first use
         elif event in self.CHANGES:
             self.seen.append(f"{event} {str(args)[:200]}")
         elif event == "exec" and getattr(args[0], "co_filename", "").startswith(self.place):
@@ -191,7 +193,7 @@ KINDS = ("pipe", "device", "endless", "folder", "loop", "dangling", "sparse", "u
 """What a file is replaced by: its content is then :data:`SPECIAL` and one of these."""
 
 _JSON = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|true|false|null|NaN|[{}\[\],:]')
-_YAML = re.compile(rb'"[^"\n]*"|\'[^\'\n]*\'|[^\s,\[\]{}:#&*!|>]+|[\[\]{}:,]')
+_YAML = re.compile(rb'"[^"\n]*"|\'[^\'\n]*\'|[^\s,\[\]{}:#&*!|>]+(?!\w*:)|\{[^{}\n]*\}|\[[^\[\]\n]*\]')
 
 Span = tuple[int, int]
 
@@ -212,6 +214,7 @@ class Seed:
         else:
             self.find(start, end)
         self.all = self.values + self.keys + self.pairs
+        self.signs = [m.span() for m in re.finditer(rb"[\[\]{}:,\"-]", data[:end]) if m.start() >= start]
 
     def find(self, start: int, end: int) -> None:
         """Values, keys and pairs of JSON; of what is none as much as there is."""
@@ -248,11 +251,18 @@ class Seed:
 class Mutator:
     """Makes inputs from seeds."""
 
-    def __init__(self, seeds: Sequence[bytes], kind: str) -> None:
-        self.kind = kind
+    def __init__(self, seeds: Sequence[bytes], kind: str, generates: bool = False) -> None:
+        self.kind, self.generates = kind, generates
         self.seeds = [self.parsed(data) for data in seeds]
-        self.pool = VALUES + YAML_VALUES if kind == "yaml" else VALUES
-        self.parts = [s.data[a:b] for s in self.seeds for a, b in s.all if b - a < 2000]
+        self.pool = [v for v in VALUES if len(v) < 2000] + YAML_VALUES if kind == "yaml" else VALUES
+        self.texts = [v for v in self.pool if v[:1] == b'"' == v[-1:] and len(v) > 1]
+        values: list[bytes] = []
+        keys: list[bytes] = []
+        pairs: list[bytes] = []
+        for s in self.seeds:
+            for parts, spans in ((values, s.values), (keys, s.keys), (pairs, s.pairs)):
+                parts += [s.data[a:b] for a, b in spans if b - a < 2000]
+        self.values, self.keys, self.pairs = values, keys or self.texts, pairs or values
 
     def parsed(self, data: bytes) -> Seed:
         if self.kind == "safetensors" and len(data) >= 8:
@@ -264,16 +274,16 @@ class Mutator:
         """An input."""
         if r.random() < 0.004:
             return SPECIAL + r.choice(KINDS).encode()
-        if self.kind == "safetensors" and r.random() < 0.35:
+        if self.generates and r.random() < 0.35:
             return generated(r)
         seed = r.choice(self.seeds)
         data, header = seed.data, 0
         if self.kind == "safetensors" and len(data) >= 8:
             (header,) = struct.unpack("<Q", data[:8])
         chance, size = r.random(), len(data)
-        if chance < 0.8 and seed.all:
+        if chance < 0.92 and seed.all:
             data = self.structured(r, seed)
-        if chance > (0.78 if self.kind == "yaml" else 0.7):
+        if chance > 0.86:
             data = self.bytewise(r, data)
         if header and r.random() < 0.9 and len(data) >= 8:  # the length of a header that was changed
             data = struct.pack("<Q", max(0, header + len(data) - size)) + data[8:]
@@ -281,29 +291,43 @@ class Mutator:
 
     def structured(self, r: random.Random, seed: Seed) -> bytes:
         """Some values, keys or pairs replaced, left out, repeated or wrapped."""
-        count = 1 if r.random() < (0.8 if self.kind == "yaml" else 0.6) else r.randint(2, 5)
         data, below = seed.data, len(seed.data) + 1
-        for begin, end in sorted((r.choice(seed.all) for _ in range(count)), reverse=True):
-            if end > below:
-                continue
-            below, old = begin, data[begin:end]
-            what = r.random()
-            if what < 0.45:
-                new = r.choice(self.pool)
-            elif what < 0.65:
-                new = r.choice(self.parts)
-            elif what < 0.72:
-                new = b""
-            elif what < 0.79:
-                new = old + (b"" if self.kind == "yaml" else b",") + old
-            elif what < 0.86:
-                new = old + (b"" if self.kind == "yaml" else b",") + r.choice(self.parts)
-            elif what < 0.93:
-                new = b"[" + old + b"]" if r.random() < 0.5 else b'{"a":' + old + b"}"
-            else:
-                new = str(r.choice((r.randint(-3, 40), r.getrandbits(r.randint(1, 80))))).encode()
-            data = data[:begin] + new + data[end:]
+        count = 1 if r.random() < 0.6 else r.randint(2, 4)
+        for span, change in sorted((self.change(r, seed) for _ in range(count)), key=lambda c: c[0], reverse=True):
+            begin, end = span
+            if end <= below:
+                below = begin
+                data = data[:begin] + change + data[end:]
         return data
+
+    def change(self, r: random.Random, seed: Seed) -> tuple[Span, bytes]:
+        """A place, and what to put there."""
+        what, data = r.random(), seed.data
+        if what < 0.55 and seed.values:
+            span = r.choice(seed.values)
+            old, how = data[span[0] : span[1]], r.random()
+            if how < 0.45:
+                return span, r.choice(self.pool)
+            if how < 0.7:
+                return span, r.choice(self.values)
+            if how < 0.85:
+                return span, str(r.choice((r.randint(-3, 40), r.getrandbits(r.randint(1, 80))))).encode()
+            return span, b"[" + old + b"]" if how < 0.92 else b'{"a":' + old + b"}"
+        if what < 0.7 and seed.keys:
+            return r.choice(seed.keys), r.choice(self.keys if r.random() < 0.6 else self.texts)
+        if what < 0.95 and seed.pairs:
+            begin, end = r.choice(seed.pairs)
+            old, how, comma = data[begin:end], r.random(), b"" if self.kind == "yaml" else b","
+            if how < 0.3:  # left out, with the comma behind it or before it
+                if comma and data[end : end + 1] == comma:
+                    end += 1
+                elif comma and data[begin - 1 : begin] == comma:
+                    begin -= 1
+                return (begin, end), b""
+            if how < 0.4:
+                return (begin, end), old + comma + old
+            return (begin, end), r.choice(self.pairs) if how < 0.6 else old + comma + r.choice(self.pairs)
+        return r.choice(seed.signs or seed.all), r.choice(self.pool)
 
     def bytewise(self, r: random.Random, data: bytes) -> bytes:
         """Some bytes changed, cut, put in or taken from elsewhere."""
@@ -621,6 +645,8 @@ class Recipe(Target):
     share = 0.022
 
     def prepare(self) -> None:
+        import torch  # noqa: F401  which some recipes make the planner import
+
         for name in ("a", "b", "base"):
             folder = self.where / name
             folder.mkdir()
@@ -681,7 +707,9 @@ class Fuzzer:
         self.guard = Guard(place)
         self.targets: dict[str, Target] = {}
         self.faults: dict[str, dict[str, Any]] = {}
-        self.slowest: dict[str, float] = {}
+        self.took = 0.0
+        self.slowest: dict[str, tuple[float, str]] = {}
+        """Seconds, and which input it was."""
         self.taken: dict[str, int] = {}
         """Inputs that were accepted."""
         planning.resolve = no_hub
@@ -723,8 +751,7 @@ class Fuzzer:
                 raise
             wrong = f"{type(e).__name__} in {_where(e)}: {str(e)[:200]}"
         took = time.perf_counter() - began
-        if took > self.slowest.get(name, 0):
-            self.slowest[name] = took
+        self.took = took
         if guard.seen:
             wrong = wrong or guard.seen[0]
             guard.seen.clear()
@@ -736,6 +763,8 @@ class Fuzzer:
     def run(self, name: str, data: bytes, origin: str) -> bool:
         """Check an input and keep it if it shows a fault that no other has shown; True if all holds."""
         wrong = self.check(name, data)
+        if self.took > self.slowest.get(name, (0.0, ""))[0]:
+            self.slowest[name] = self.took, origin
         if wrong is None:
             self.taken[name] = self.taken.get(name, 0) + self.accepted
             return True
@@ -777,7 +806,7 @@ def fuzz(
     weight = sum(TARGETS[n].share for n in names)
     wanted = {n: round(total * TARGETS[n].share / weight) for n in names}
     changed = {n: [data for file, data in seeds(n).items() if not file.startswith("once")] for n in names}
-    mutators = {n: Mutator(changed[n], TARGETS[n].kind) for n in names}
+    mutators = {n: Mutator(changed[n], TARGETS[n].kind, n == "header") for n in names}
     for name in names:  # the corpus itself
         for file, data in seeds(name).items():
             for _ in range(1 if file.startswith("once") else TARGETS[name].ways):
@@ -827,7 +856,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.chdir("/")
         shutil.rmtree(where, ignore_errors=True)
     for name, count in counts.items():
-        rate, took = count / max(times[name], 1e-9), fuzzer.slowest.get(name, 0)
+        rate, took = count / max(times[name], 1e-9), fuzzer.slowest.get(name, (0.0, ""))[0]
         taken = fuzzer.taken.get(name, 0)
         print(
             f"{name:9} {count:8} inputs, {taken:7} accepted, {times[name]:7.1f} s, {rate:5.0f}/s, slowest {took:.3f} s"
@@ -859,7 +888,8 @@ def result(fuzzer: Fuzzer, seed: int, counts: dict[str, int], times: dict[str, f
                 "inputs": c,
                 "seconds": round(times[n], 1),
                 "accepted": fuzzer.taken.get(n, 0),
-                "slowest_s": round(fuzzer.slowest.get(n, 0), 4),
+                "slowest_s": round(fuzzer.slowest.get(n, (0.0, ""))[0], 4),
+                "slowest": fuzzer.slowest.get(n, (0.0, ""))[1],
             }
             for n, c in counts.items()
         },
