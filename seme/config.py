@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from seme import dtypes
 from seme.checkpoint.chat import AUTO, TEMPLATES
-from seme.checkpoint.hub import ModelRef, local_path, same_model
+from seme.checkpoint.hub import ModelRef, identity, local_path
 from seme.dtypes import DType
 from seme.errors import ConfigError, brief, cannot_read
 
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from seme.roles import Override
 
 Scalar = bool | int | float | str
+
+MAX_BYTES = 1 << 20
+"""Bytes of a recipe that are accepted: YAML is read at some hundred kilobytes a second."""
+
+MAX_LAYERS = 10**6
 
 KEYS = (
     "merge_method",
@@ -256,7 +261,8 @@ def documents(config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Pa
 
     if isinstance(config, (Mapping, list, tuple)):
         try:
-            given = [_plain(c) for c in ([config] if isinstance(config, Mapping) else config)]
+            made: dict[int, tuple[Any, Any]] = {}
+            given = [_plain(c, made) for c in ([config] if isinstance(config, Mapping) else config)]
         except RecursionError:
             raise ConfigError("recipe: nested too deep, perhaps in itself") from None
         name, text, single = "recipe", "", False
@@ -278,7 +284,10 @@ def documents(config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Pa
             raise ConfigError(
                 f"{name}: a recipe is a mapping with merge_method and models, found {type(data).__name__}"
             )
-    return [(data, text if single else yaml.safe_dump(data, sort_keys=False)) for data in given]
+    try:
+        return [(data, text if single else yaml.safe_dump(data, sort_keys=False)) for data in given]
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deep") from None
 
 
 def _read(config: str | os.PathLike[str]) -> tuple[str, str]:
@@ -288,7 +297,11 @@ def _read(config: str | os.PathLike[str]) -> tuple[str, str]:
     if not is_file:
         return "recipe", text
     try:
-        return text, Path(config).expanduser().read_text(encoding="utf-8")
+        with Path(config).expanduser().open("rb") as f:
+            raw = f.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ConfigError(f"{text[:300]}: more than {MAX_BYTES} bytes; no recipe is so long")
+        return text, raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
         raise ConfigError(f"{config}: recipe is not UTF-8 text; save it as such") from e
     except OSError as e:
@@ -325,12 +338,21 @@ def with_models(config: MergeConfig, models: Mapping[str, ModelRef], source: str
     return replace(config, sections=sections, base_model=at(config.base_model), tokenizer=tokenizer, source=source)
 
 
-def _plain(value: Any) -> Any:
-    """A recipe given as Python objects, in the types that YAML gives: paths are text, tuples are lists."""
-    if isinstance(value, Mapping):
-        return {_plain(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+def _plain(value: Any, made: dict[int, tuple[Any, Any]]) -> Any:
+    """A recipe given as Python objects, in the types that YAML gives: paths are text, tuples are lists.
+
+    ``made`` has mappings and lists, and what they became, by their identity: aliases of aliases would be copied for
+    ever.
+    """
+    if isinstance(value, (Mapping, list, tuple)):
+        if id(value) not in made:
+            found: Any
+            if isinstance(value, Mapping):
+                found = {_plain(k, made): _plain(v, made) for k, v in value.items()}
+            else:
+                found = [_plain(v, made) for v in value]
+            made[id(value)] = value, found
+        return made[id(value)][1]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if value is None or isinstance(value, bool):
@@ -366,6 +388,10 @@ def _unique_loader() -> Any:
                             raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                         seen.add(key.value)
             super().flatten_mapping(node)
+            # The last of equal keys holds. Without the others, merges of merges do not grow with every level, as they
+            # do in PyYAML before 6.0.4.
+            last = {(k.tag, k.value) if isinstance(k, yaml.ScalarNode) else id(k): (k, v) for k, v in node.value}
+            node.value = list(last.values())
 
     return Loader
 
@@ -376,6 +402,13 @@ def parse(data: Mapping[str, Any], source: str) -> MergeConfig:
     Raises:
         ConfigError: the first mistake.
     """
+    try:
+        return _parse(data, source)
+    except RecursionError:
+        raise ConfigError("recipe: nested too deep, perhaps in itself") from None
+
+
+def _parse(data: Mapping[str, Any], source: str) -> MergeConfig:
     from seme.roles import parse as parse_roles  # which reports mistakes with suggest()
 
     _check_keys(data, KEYS, "")
@@ -493,10 +526,11 @@ def _entries(listed: Any, where: str, sliced: bool) -> tuple[ModelEntry, ...]:
         what = "missing" if not listed else brief(listed)
         raise ConfigError(f"{where}: {what}; expected a list of {form}")
     entries = tuple(_entry(e, f"{where}[{i}]", sliced, form) for i, e in enumerate(listed))
+    seen: dict[Any, int] = {}
     for i, entry in enumerate(entries):
-        for j in range(i):
-            if same_model(entry.ref, entries[j].ref):
-                raise ConfigError(f"{where}[{i}]: {entry.ref} is listed twice, {where}[{j}] is the same; remove one")
+        j = seen.setdefault(identity(entry.ref), i)
+        if j != i:
+            raise ConfigError(f"{where}[{i}]: {entry.ref} is listed twice, {where}[{j}] is the same; remove one")
     return entries
 
 
@@ -513,6 +547,8 @@ def _layer_range(value: Any, where: str) -> range:
     whole = isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     if not whole or len(value) != 2 or not 0 <= value[0] <= value[1]:
         raise ConfigError(f"{where}: {brief(value)}; expected [FIRST, END], layers FIRST to END - 1")
+    if value[1] > MAX_LAYERS:
+        raise ConfigError(f"{where}: {brief(value)}; no model has more than {MAX_LAYERS} layers")
     return range(value[0], value[1])
 
 

@@ -366,11 +366,13 @@ def _save(model: Any, tokenizer: Any, path: Path) -> None:
 def _load(path: Path) -> Any:
     import torch
 
-    return _transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return _transformers().AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
 
 
 def _load_tokenizer(path: Path) -> Any:
-    return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _train(

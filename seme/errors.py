@@ -36,10 +36,12 @@ def cannot_read(e: OSError) -> str:
 
 
 def one_line(message: str) -> str:
-    """A message as it is shown: one printable line of at most about 1000 characters."""
-    if len(message) > 1000:
-        message = f"{message[:500]}...{message[-497:]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    """A message as it is shown: one printable line of at most 1000 characters."""
+    return _shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in _shortened(message)))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 1000 else f"{text[:500]}...{text[-497:]}"
 
 
 class SemeError(ValueError):

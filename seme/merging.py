@@ -256,6 +256,8 @@ def ready(plan: Plan, options: Options, backend: str, device: str) -> Place:
     elif options.nonfinite == "keep":
         raise ConfigError(f"nonfinite: keep: {plan.method.name} would spread a NaN over whole matrices; use zero")
     for file in _copied(plan):
+        if not (file.is_file() or file.is_dir()):
+            raise CheckpointError(f"{file}: neither a file nor a folder, but belongs to the output; remove it")
         if not os.access(file, os.R_OK):
             raise CheckpointError(f"{file}: no permission to read it; it belongs to the output, make it readable")
     return place

@@ -23,6 +23,7 @@ from seme.checkpoint import (
     ModelRef,
     chat,
     check_free,
+    identity,
     layout,
     locate,
     reserved,
@@ -274,8 +275,10 @@ def _refs(config: MergeConfig, sections: tuple[Section, ...]) -> list[ModelRef]:
     """Every model of the recipe once, in its order."""
     found: list[ModelRef] = []
     listed = [e.ref for section in sections for s in section.slices for e in s.entries]
+    seen: set[Any] = set()
     for ref in dict.fromkeys((*listed, *([config.base_model] if config.base_model is not None else []))):
-        if not any(same_model(ref, other) for other in found):
+        if (key := identity(ref)) not in seen:
+            seen.add(key)
             found.append(ref)
     return found
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from seme.config import suggest
 from seme.errors import CheckpointError, ConfigError, brief
+from seme.patterns import TooSlow, search
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -113,9 +114,23 @@ class Override:
     batch: int | None = None
     where: str = "roles"
 
-    def matches(self, tensor: str) -> bool:
-        """True if the entry is about this tensor."""
-        return self.filter == "*" or re.search(self.filter, tensor) is not None
+
+def _about(overrides: Sequence[Override], names: Collection[str]) -> list[Collection[str]]:
+    """The tensors that each entry matches.
+
+    Raises:
+        ConfigError: an expression whose search does not end.
+    """
+    searched = [o for o in overrides if o.filter != "*"]
+    try:
+        found = iter(search([o.filter for o in searched], names))
+    except TooSlow as e:
+        slow = searched[e.number]
+        raise ConfigError(
+            f"{slow.where}.filter: {brief(slow.filter)}: the search for it in the tensors' names does not end; "
+            "write it without repetitions of repetitions"
+        ) from None
+    return [names if o.filter == "*" else next(found) for o in overrides]
 
 
 def parse(value: Any, where: str = "roles") -> tuple[Override, ...]:
@@ -314,7 +329,7 @@ _TOWERS = {
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "n_embed", "dim", "emb_dim")
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
-_INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_INDEX = re.compile(r"(?:^|\.)(\d{1,6})(?=\.|$)", re.ASCII)
 
 
 def layer(name: str) -> tuple[str, int] | None:
@@ -474,8 +489,9 @@ def roles(config: Mapping[str, Any], shapes: Shapes, overrides: Sequence[Overrid
     embedded = Role.VOCABULARY in named.values()
     found: dict[str, TensorRole] = {}
     used: set[int] = set()
+    about = _about(overrides, shapes)
     for name in shapes:
-        entry = next((i for i, o in enumerate(overrides) if o.matches(name)), None)
+        entry = next((i for i, names in enumerate(about) if name in names), None)
         if entry is not None:
             used.add(entry)
             found[name] = _overridden(name, overrides[entry], structure)
@@ -483,7 +499,7 @@ def roles(config: Mapping[str, Any], shapes: Shapes, overrides: Sequence[Overrid
             found[name] = _decide(name, named[name], structure, embedded)
             embedded = embedded or found[name].role is Role.VOCABULARY
     for i, override in enumerate(overrides):
-        if i not in used and not any(override.matches(name) for name in shapes):
+        if i not in used and not about[i]:
             raise ConfigError(f"{override.where}.filter: {brief(override.filter)} matches no tensor of the checkpoint")
     return found
 
@@ -616,7 +632,7 @@ def latent(config: Mapping[str, Any], shapes: Shapes, overrides: Sequence[Overri
         )
     norms = [n for n in of(Role.NORM) if shapes[n] == (width,) and not _EARLY_NORM.search(n)]
     norm = next((n for n in norms if _HEAD_NORM.search(n)), norms[-1] if norms else None)
-    kinds = {part.get("model_type") for part in _text(config)}
+    kinds = {said for part in _text(config) if isinstance(said := part.get("model_type"), str)}
     kind: Literal["rms", "layer"] | None = None
     if norm is not None:
         bias = re.sub(r"(weight|gamma|scale)$", "", norm)

@@ -58,9 +58,11 @@ def read(recipe: Recipe, **keys: Any) -> list[Step]:
         raise ConfigError(
             f"document {unnamed[1] + 1}: name: missing, as in document {unnamed[0] + 1}; one is the output"
         )
+    seen: set[str] = set()
     for i, name in enumerate(names):
-        if name is not None and name in names[:i]:
+        if name in seen:
             raise ConfigError(f"document {i + 1}: name: {name} is given twice; choose another")
+        seen.update([name] if name is not None else [])
     output = unnamed[0] if unnamed else len(found) - 1
     text = "---\n".join(source for _, source in found)
     steps: list[Step] = []
@@ -73,7 +75,10 @@ def read(recipe: Recipe, **keys: Any) -> list[Step]:
         used = {ref.path for ref in _models(config) if ref.revision is None}
         needs = tuple(n for n in names if n is not None and n in used)
         steps.append(Step(None if i == output else name, with_models(config, {}, text), needs))
-    return _ordered(steps, [n or f"document {i + 1}" for i, n in enumerate(names)], output)
+    try:
+        return _ordered(steps, [n or f"document {i + 1}" for i, n in enumerate(names)], output)
+    except RecursionError:
+        raise ConfigError(f"recipe: {len(found)} documents, too many that use each other's results") from None
 
 
 def _name(data: Mapping[str, Any], i: int) -> str | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seme.checkpoint.index import read_json
 from seme.checkpoint.reader import Checkpoint
 from seme.errors import CheckpointError, brief
+from seme.patterns import TooSlow, ending, search
 from seme.sources import LowRank, Source, StoredTensor
 
 if TYPE_CHECKING:
@@ -109,9 +110,10 @@ def _applied(
         a, b = (_matrix(adapter, name) for name in names)
         return (a.T.contiguous(), b.T.contiguous()) if turned else (b, a)
 
+    alphas = _alphas(file.parent / CONFIG, config, list(adapted))
     for module in adapted:
         target = _target(f"{module}.weight", tensors, file)
-        names, turned, scale = _product(adapter, file, config, module, found[target])
+        names, turned, scale = _product(adapter, file, config, module, alphas[module], found[target])
         found[target] = LowRank(found[target], functools.partial(factors, names, turned), scale)
     return found
 
@@ -128,7 +130,7 @@ def _target(name: str, tensors: Mapping[str, Source], file: Path) -> str:
 
 
 def _product(
-    adapter: Checkpoint, file: Path, config: Mapping[str, Any], module: str, base: Source
+    adapter: Checkpoint, file: Path, config: Mapping[str, Any], module: str, alpha: Any, base: Source
 ) -> tuple[tuple[str, str], bool, float]:
     """Names of a module's A and B, whether its weight is stored as the transpose of their product, and the scale."""
     embedding = f"{PREFIX}{module}.lora_embedding_A" in adapter.tensors
@@ -144,6 +146,8 @@ def _product(
     # Embeddings and GPT-2's Conv1D store the transpose; of matrices that are not square the shape says so as well.
     turned = embedding or (base.shape == product[::-1] != product)
     turned = turned or (base.shape == product[::-1] and bool(config.get("fan_in_fan_out")))
+    if a.shape[0] == 0:
+        raise CheckpointError(f"{file}: {module}: rank 0; download the adapter again")
     if a.shape[0] != b.shape[1] or base.shape != (product[::-1] if turned else product):
         raise CheckpointError(
             f"{file}: {module}: A {list(a.shape)} and B {list(b.shape)} do not fit {base.name} {list(base.shape)} of "
@@ -151,18 +155,29 @@ def _product(
         )
     if not base.dtype.mergeable:
         raise CheckpointError(f"{base.file}: tensor {base.name} is {base.dtype}, to which no adapter can be added")
-    rank, alpha = a.shape[0], _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    rank = a.shape[0]
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e300:
         raise CheckpointError(f"{file.parent / CONFIG}: lora_alpha {brief(alpha)} of {module}; expected a number")
     return names, turned, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The entry of the first pattern that a module's name, or its end, matches, as in PEFT."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _alphas(config: Path, said: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """alpha of each module: the entry of the first pattern that its name, or the end of it, matches, as in PEFT."""
+    patterns = said.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{config}: alpha_pattern {brief(patterns)}; expected an object")
+    keys = list(patterns)
+    try:
+        found = search([ending(key) for key in keys], modules)
+    except TooSlow as e:
+        raise CheckpointError(
+            f"{config}: alpha_pattern {brief(keys[e.number])}: the search for it in the modules' names does not end; "
+            "write it without repetitions of repetitions"
+        ) from e
+    except (re.error, OverflowError, RecursionError) as e:
+        raise CheckpointError(f"{config}: alpha_pattern {brief(patterns)}: no regular expressions: {e}") from e
+    default = said.get("lora_alpha", 8)
+    return {m: next((patterns[k] for k, names in zip(keys, found) if m in names), default) for m in modules}
 
 
 def _matrix(adapter: Checkpoint, name: str) -> torch.Tensor:

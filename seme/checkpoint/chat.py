@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seme.checkpoint.index import read_json
+from seme.checkpoint.index import json_text, read_json
 from seme.errors import CheckpointError, cannot_read
 
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 AUTO = "auto"
+MAX_TEMPLATE = 1 << 20
+"""Bytes of a template file that are accepted."""
 
 TEMPLATES = {
     "alpaca": (
@@ -55,13 +57,17 @@ def template_of(folder: Path) -> str | None:
     """The chat template of a model, that for general use if it has several; None if it has none."""
     if (folder / FILE).is_file():
         try:
-            return (folder / FILE).read_text(encoding="utf-8").strip()
+            with (folder / FILE).open("rb") as f:
+                raw = f.read(MAX_TEMPLATE + 1)
+            if len(raw) > MAX_TEMPLATE:
+                raise CheckpointError(f"{folder / FILE}: more than {MAX_TEMPLATE} bytes, no template is so long")
+            return raw.decode("utf-8").strip()
         except (OSError, UnicodeDecodeError) as e:
             said = cannot_read(e) if isinstance(e, OSError) else "is not UTF-8 text"
             raise CheckpointError(f"{folder / FILE}: {said}") from e
     found: Any = read_json(folder / SETTINGS).get("chat_template") if (folder / SETTINGS).is_file() else None
     if isinstance(found, list):
-        found = {t.get("name"): t.get("template") for t in found if isinstance(t, Mapping)}
+        found = next((t.get("template") for t in found if isinstance(t, Mapping) and t.get("name") == "default"), None)
     if isinstance(found, Mapping):
         found = found.get("default")
     return found.strip() or None if isinstance(found, str) else None
@@ -78,6 +84,10 @@ def choose(value: str, folders: Iterable[Path]) -> str | None:
 def with_template(folder: Path, files: Mapping[str, str], template: str) -> dict[str, str]:
     """Files of a tokenizer, as ``files`` has them or else the folder, with another template where transformers looks
     for it: in a file of its own, and no more in ``tokenizer_config.json``."""
+    try:
+        template.encode()
+    except UnicodeEncodeError as e:
+        raise CheckpointError(f"{folder}: the chat template holds half a surrogate pair, which is no text") from e
     found = {**files, FILE: template}
     settings: dict[str, Any] = {}
     if SETTINGS in files:
@@ -86,5 +96,5 @@ def with_template(folder: Path, files: Mapping[str, str], template: str) -> dict
         settings = read_json(folder / SETTINGS)
     if "chat_template" in settings:
         kept = {k: v for k, v in settings.items() if k != "chat_template"}
-        found[SETTINGS] = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+        found[SETTINGS] = json_text(kept, indent=2)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from seme.checkpoint.index import PICKLE, SAFETENSORS
 from seme.errors import CheckpointError
@@ -50,6 +50,16 @@ def same_model(a: ModelRef, b: ModelRef) -> bool:
         return True
     x, y = local_path(a.path), local_path(b.path)
     return x is not None and y is not None and x.samefile(y)
+
+
+def identity(ref: ModelRef) -> tuple[Any, ...]:
+    """What two references have in common that :func:`same_model` holds for."""
+    local = local_path(ref.path)
+    place: Any = ref.path
+    if local is not None:
+        with contextlib.suppress(OSError):
+            place = local.stat().st_dev, local.stat().st_ino
+    return place, ref.revision, None if ref.lora is None else identity(ref.lora)
 
 
 def locate(ref: ModelRef) -> Path | None:

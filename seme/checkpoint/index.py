@@ -10,18 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from seme.checkpoint.safetensors import unique
+from seme.checkpoint.safetensors import MAX_HEADER, unique
 from seme.errors import CheckpointError, brief, cannot_read
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+MAX_JSON = MAX_HEADER
+"""Bytes of a JSON file that are accepted; the largest tokenizers have a third of it."""
 
 
 def read_json(path: Path, **options: Any) -> dict[str, Any]:
     """A JSON object from a file; ``CheckpointError`` naming the file if it is not one. Options as ``json.loads``."""
     try:
+        with path.open("rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            if size > MAX_JSON:
+                raise CheckpointError(f"{path}: {size} bytes, at most {MAX_JSON} are accepted; download it again")
+            raw = f.read(size)
         with _uncollected():
-            value = json.loads(path.read_bytes().decode("utf-8"), **options)
+            value = json.loads(raw.decode("utf-8"), **options)
     except OSError as e:
         raise CheckpointError(f"{path}: {cannot_read(e)}") from e
     except (ValueError, RecursionError) as e:
@@ -29,6 +36,16 @@ def read_json(path: Path, **options: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON {type(value).__name__}, expected an object; download it again")
     return value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that a file can hold; what is not ASCII is escaped only if something in it is no text (half a surrogate)."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    return text + "\n"
 
 
 @contextmanager
@@ -57,11 +74,11 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     except OSError as e:
         raise CheckpointError(f"{folder}: {cannot_read(e)}") from e
     for single in (SAFETENSORS, PICKLE):
-        if single in names:
-            return [folder / single], None
-        index = folder / f"{single}.index.json"
-        if index.name in names:
-            return _shards(index)
+        for name in (single, f"{single}.index.json"):
+            if name in names:
+                if not os.path.isfile(folder / name):  # reading a pipe would never end
+                    raise CheckpointError(f"{folder / name}: not a file, or a link to none; download it again")
+                return ([folder / name], None) if name == single else _shards(folder / name)
     hint = "; name the folder that holds them"
     if "adapter_model.safetensors" in names or "adapter_config.json" in names:
         hint = "; this is a LoRA adapter: write it after its model, MODEL+ADAPTER"

@@ -130,6 +130,8 @@ class Checkpoint(Reader):
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
                 raise CheckpointError(f"{file}: entry {brief(name)} is not a dense tensor with a name")
             check_name(file, name)
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise CheckpointError(f"{file}: tensor {name} repeats its elements; store it contiguously")
             try:
                 dtype = dtypes.from_torch(tensor.dtype)
             except SemeError as e:

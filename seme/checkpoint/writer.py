@@ -313,7 +313,10 @@ class Writer:
         """Copy a file or a folder of another model under its own name."""
         try:
             if source.is_dir():
-                shutil.copytree(source, self.staging / source.name, copy_function=shutil.copyfile)
+                (self.staging / source.name).mkdir()
+                for file in sorted(source.iterdir()):
+                    if file.is_file():  # no folders, which may be links to where they are in, and no pipes
+                        shutil.copyfile(file, self.staging / source.name / file.name)
             else:
                 shutil.copyfile(source, self.staging / source.name)
         except OSError as e:

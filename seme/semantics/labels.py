@@ -44,7 +44,9 @@ def _tokenizer(folder: Path) -> Any:
             return import_module("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
         if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             return None  # known without importing the library, which takes seconds
-        return import_module("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return import_module("transformers").AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception:  # not installed, or files it does not understand; there may be none at all
         return None
 

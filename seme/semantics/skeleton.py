@@ -109,9 +109,11 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.where = checkpoint.path
         try:
-            config = transformers.AutoConfig.from_pretrained(self.where, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(self.where, local_files_only=True, trust_remote_code=False)
             with _weightless():
-                self.model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+                self.model = (
+                    transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval().float()
+                )
             text = config.get_text_config()
             count = text.num_hidden_layers
         except Exception as e:
