@@ -479,7 +479,7 @@ class Header(Target):
     """A safetensors file."""
 
     kind = "safetensors"
-    share = 0.458
+    share = 0.503
     ways = 16
 
     def prepare(self) -> None:
@@ -531,7 +531,7 @@ class Index(Target):
 class Config(Target):
     """config.json, with all that is done with it until a merge runs."""
 
-    share = 0.09
+    share = 0.045
     ways = 24
 
     def prepare(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import os
 import pickle
@@ -19,10 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from seme.checkpoint import Checkpoint
+import seme
+from seme.checkpoint import Checkpoint, tokenizer
 from seme.checkpoint.safetensors import MAX_HEADER, read_header
 from seme.config import KEYS, MergeConfig, load
 from seme.errors import CheckpointError, SemeError
+from seme.semantics.labels import decoded
+from seme.semantics.skeleton import Skeleton
 
 
 def entry(begin: int, end: int, dtype: Any = "F32", shape: Any = None) -> dict[str, Any]:
@@ -280,6 +285,12 @@ class TestPickles:
         os.truncate(file, file.stat().st_size // 2)
         refused(file, "refused by the weights-only loader")
 
+    def test_one_element_that_is_said_to_be_many(self, tmp_path: Path) -> None:
+        """Copied, as it would be to be merged, it takes all memory."""
+        file = tmp_path / "pytorch_model.bin"
+        torch.save({"a": torch.zeros(1).expand(2**40)}, file)
+        refused(file, "tensor a repeats its elements")
+
     def test_a_storage_smaller_than_its_tensor(self, tmp_path: Path) -> None:
         whole, file = tmp_path / "whole.bin", tmp_path / "pytorch_model.bin"
         torch.save({"a": torch.arange(1000.0)}, whole)
@@ -288,6 +299,95 @@ class TestPickles:
                 data = old.read(name)
                 new.writestr(name, data[:16] if name.endswith("data/0") else data)
         refused(file, "refused by the weights-only loader")
+
+
+class TestCodeOfModels:
+    def folder(self, path: Path, trace: Path, auto_map: dict[str, Any]) -> Path:
+        """A model with a file of code that leaves a trace when it is run."""
+        save_file({"a": torch.zeros(2, 3)}, path / "model.safetensors")
+        (path / "code_x.py").write_text(f"open({str(trace)!r}, 'w')\nclass X:\n    pass\n")
+        (path / "config.json").write_text(json.dumps({"model_type": "x", "vocab_size": 2, "auto_map": auto_map}))
+        return path
+
+    def test_every_load_by_transformers_says_no(self) -> None:
+        """Without the argument transformers asks the person at the terminal."""
+        calls = []
+        for file in sorted(Path(seme.__file__).parent.rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                    if node.func.attr in ("from_pretrained", "from_config"):
+                        said = {k.arg: k.value for k in node.keywords}.get("trust_remote_code")
+                        calls.append((f"{file}:{node.lineno}", isinstance(said, ast.Constant) and said.value is False))
+        assert len(calls) >= 5
+        assert [where for where, refuses in calls if not refuses] == []
+
+    def test_that_of_a_tokenizer_does_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        trace = tmp_path / "trace"
+        folder = self.folder(tmp_path, trace, {"AutoTokenizer": ["code_x.X", "code_x.X"]})
+        (folder / "vocab.txt").write_text("[UNK]\na\nb\n")
+        settings = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["code_x.X", "code_x.X"]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        with contextlib.suppress(CheckpointError):
+            tokenizer.read(folder)
+        decoded(folder, 2)
+        assert not trace.exists()
+
+    def test_that_of_a_model_does_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        trace = tmp_path / "trace"
+        code = {"AutoConfig": "code_x.X", "AutoModelForCausalLM": "code_x.X"}
+        folder = self.folder(tmp_path, trace, code)
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        with Checkpoint(folder) as checkpoint, pytest.raises(SemeError):
+            Skeleton(checkpoint)
+        assert not trace.exists()
+
+    def test_is_copied_and_does_not_run(self, tmp_path: Path) -> None:
+        trace, models = tmp_path / "trace", []
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            models.append({"model": str(self.folder(tmp_path / name, trace, {"AutoModel": "code_x.X"}))})
+        recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+        seme.merge(recipe, tmp_path / "out")
+        assert (tmp_path / "out" / "code_x.py").read_bytes() == (tmp_path / "a" / "code_x.py").read_bytes()
+        assert not trace.exists()
+
+
+class TestFilesThatAreNone:
+    """Which a reader would wait for, or read for ever."""
+
+    @pytest.fixture
+    def recipe(self, tmp_path: Path) -> dict[str, Any]:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            save_file({"a": torch.zeros(3)}, tmp_path / name / "model.safetensors")
+        models = [{"model": str(tmp_path / name)} for name in ("a", "b")]
+        return {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "merges.txt"])
+    @pytest.mark.parametrize("endless", [False, True])
+    def test_among_those_that_are_copied(
+        self, name: str, endless: bool, recipe: dict[str, Any], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "a" / name
+        if endless:
+            file.symlink_to("/dev/zero")
+        else:
+            os.mkfifo(file)
+        with pytest.raises(CheckpointError, match=rf"^{file}: neither a file nor a folder"):
+            seme.merge(recipe, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_in_the_folder_of_templates(self, recipe: dict[str, Any], tmp_path: Path) -> None:
+        templates = tmp_path / "a" / "additional_chat_templates"
+        templates.mkdir()
+        (templates / "tool_use.jinja").write_text("{{ x }}")
+        (templates / "again").symlink_to(".")
+        (templates / "endless.jinja").symlink_to("/dev/zero")
+        os.mkfifo(templates / "pipe.jinja")
+        seme.merge(recipe, tmp_path / "out")
+        made = tmp_path / "out" / "additional_chat_templates"
+        assert [f.name for f in made.iterdir()] == ["tool_use.jinja"]
 
 
 names = st.text(max_size=8) | st.sampled_from(["a", "b", "../x", "__metadata__", "dtype", "shape", "data_offsets"])
