@@ -314,10 +314,9 @@ class TestCodeOfModels:
         calls = []
         for file in sorted(Path(seme.__file__).parent.rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                    if node.func.attr in ("from_pretrained", "from_config"):
-                        said = {k.arg: k.value for k in node.keywords}.get("trust_remote_code")
-                        calls.append((f"{file}:{node.lineno}", isinstance(said, ast.Constant) and said.value is False))
+                if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config"):
+                    said = {k.arg: k.value for k in node.keywords}.get("trust_remote_code")
+                    calls.append((f"{file}:{node.lineno}", isinstance(said, ast.Constant) and said.value is False))
         assert len(calls) >= 5
         assert [where for where, refuses in calls if not refuses] == []
 

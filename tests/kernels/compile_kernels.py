@@ -50,6 +50,7 @@ from seme.native import BLOCK
 
 # Compute dtype, types of the tensors, and of the integers: a number that is 1 becomes a constant of the kernel. Where
 # it is not, the addresses, the number of elements and the rows are multiples of 16, as those of almost all weights are.
+# The first is compiled for every GPU, the others for one each, in turns: see compiled_for().
 VARIANTS = (
     ("bfloat16", ("*bf16", "*bf16", "*bf16"), "i32"),
     ("float16", ("*fp16", "*fp16", "*fp16"), "i64"),
@@ -57,6 +58,7 @@ VARIANTS = (
     ("float32", ("*fp32", "*fp32"), 1),  # one task vector
     ("float64", ("*fp64", "*fp32", "*fp32"), "i32"),
 )
+GPUS = (80, 90)
 TABLES = dict.fromkeys(("factors", "reals", "weights"), "*fp64") | dict.fromkeys(
     ("cuts", "draws", "integers", "tie_ends", "thresholds", "counts", "total"), "*i64"
 )
@@ -105,6 +107,11 @@ def kernels(capability):
     yield entry("importance_histogram", importance_histogram.importance_histogram_kernel, WINDOWS=3)
     yield entry("importance_fusion", importance_fusion.importance_fusion_kernel)
     yield entry("nonfinite", nonfinite.nonfinite_kernel, EXPONENT=0x7C00)
+
+
+def compiled_for(kernel, variant):
+    """The GPUs that a kernel's variant is compiled for, from their numbers."""
+    return GPUS if variant == 0 else (GPUS[(kernel + variant) % len(GPUS)],)
 
 
 def compile_kernel(kernel, compute, tensors, integer, constants, launched, capability):
@@ -255,8 +262,10 @@ def describe(name, function, constants, compute, capability, compiled):
 def main() -> None:
     element_wise, matrix = [], []
     for capability in map(int, sys.argv[1:]):
-        for compute, tensors, integer in VARIANTS:
-            for name, kernel, constants, launched in kernels(capability):
+        for variant, (compute, tensors, integer) in enumerate(VARIANTS):
+            for number, (name, kernel, constants, launched) in enumerate(kernels(capability)):
+                if capability not in compiled_for(number, variant):
+                    continue
                 compiled = compile_kernel(kernel, compute, tensors, integer, constants, launched, capability)
                 assembly = compiled.asm["ptx"]
                 arithmetic = re.findall(r"\b[a-z]+(?:\.[a-z]+)*\.f(?:16x2|16|32|64)\b", assembly)
