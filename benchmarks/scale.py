@@ -163,8 +163,8 @@ def report(entries: Mapping[str, Mapping[str, Any]]) -> str:
                 str(entry["descriptors"]),
             ]
         )
-    header = ["models", "tensors", "shards", "GB", "plan s", "merge s", "CPU s", "GB/s", "MiB", "MiB", "files"]
-    return table(header, rows)
+    header = ["models", "tensors", "shards", "GB", "plan s", "merge s", "CPU s", "GB/s"]
+    return table([*header, "plan MiB", "peak MiB", "files"], rows)
 
 
 @contextmanager

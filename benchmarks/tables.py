@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bases, matrix, merge, ops, paper, planning, validation
+from benchmarks import bases, matrix, merge, ops, paper, planning, scale, validation
 from benchmarks.checkpoints import SIZES
 from benchmarks.common import MIB, RESULTS, ROOT, load, table
 from benchmarks.plot import where
@@ -76,6 +76,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "planning-cpu": ("planning-cpu.json", lambda data: planning.report(data["entries"], "plan")),
     "alignment-cpu": ("planning-cpu.json", lambda data: planning.report(data["entries"], "align")),
     "gather-cpu": ("planning-cpu.json", lambda data: planning.report_gather(data["entries"])),
+    "scale": ("scale.json", lambda data: scale.report(data["entries"])),
     "bases-cpu": ("bases-cpu.json", lambda data: bases.report(data["entries"])),
     "validation": ("validation.json", lambda data: validation.report(data["entries"])),
     "validation-frames": ("validation.json", lambda data: validation.report_frames(data["entries"])),
