@@ -342,13 +342,22 @@ def test_labels_are_the_text_of_the_tokens(tmp_path):
     assert SemanticBases.from_head(make_head(3, 2)).labels == ["<0>", "<1>", "<2>"]
 
 
-def test_ids_that_are_no_numbers_are_no_labels(tmp_path):
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"model": {"vocab": {"x": 0, "y": "1"}}},
+        {"model": {"vocab": {"x": 0, "z": 2.0}}},
+        {"model": {"vocab": {"x": 0, "u": True}}},
+        {"model": {"vocab": {"x": 0}}, "added_tokens": [{"content": "b", "id": None}]},
+    ],
+    ids=["text", "float", "bool", "added"],
+)
+def test_ids_that_are_no_numbers_are_refused(data, tmp_path):
     folder = make.llama(tmp_path / "model", tokenizer=False)
-    added = {"added_tokens": [{"content": "b", "id": None}]}
-    vocab = {"model": {"vocab": {"x": 0, "y": "1", "z": 2.0, "u": True, "w": 4}}, **added}
-    (folder / "tokenizer.json").write_text(json.dumps(vocab))
-    assert SemanticBases.from_checkpoint(folder).labels[:6] == ["x", "<1>", "<2>", "<3>", "w", "<5>"]
-    assert by_name(folder, 4) == {"x": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    for use in (lambda folder: SemanticBases.from_checkpoint(folder).labels, lambda folder: by_name(folder, 4)):
+        with pytest.raises(CheckpointError, match=r"tokenizer.json: token '.' has id .*; expected a whole number"):
+            use(folder)
 
 
 def test_checkpoints_without_a_head_that_can_be_used(tmp_path):
