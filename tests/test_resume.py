@@ -373,10 +373,11 @@ class TestFaults:
 
     def test_too_little_memory(self, models: Path) -> None:
         def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_STACK, (1 << 30, resource.getrlimit(resource.RLIMIT_STACK)[1]))
             resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 
-        # Every thread has a stack of its own, so 1000 do not fit.
-        run = self.command("--threads", "1000", prepare=limit)
+        # The stack of a worker takes all that the process may have.
+        run = self.command(prepare=limit)
         self.one_line(run, "out: memory ran out; allow the process more, or give less to --memory and --threads")
 
     def test_a_full_disk(self, disk: Path) -> None:
