@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 2 for a mistake of the user's; 1 for a fault; 128 + the signal's number when stopped, so 130 for Ctrl-C.
+        0; 2 for a mistake of the user's; 1 for a fault, or if verify found something wrong;
+        128 + the signal's number when stopped, so 130 for Ctrl-C.
     """
     with _signals():
         args = argparse.Namespace(debug=False, state="")

@@ -56,22 +56,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "README.md"}
 
 
-class Stop(Exception):
-    """As if the process ended here."""
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: BaseException) -> None:
+    """Have call number ``at`` of an ``os`` function, and those after it, fail."""
+    real, calls = getattr(os, name), [0]
 
-
-def stopped(at: int, monkeypatch: pytest.MonkeyPatch, error: BaseException, config: Any = None, **options: Any) -> None:
-    """Run a merge of which write number ``at`` fails."""
-    real, calls = os.pwrite, [0]
-
-    def pwrite(*args: Any) -> int:
+    def call(*args: Any) -> Any:
         calls[0] += 1
         if calls[0] >= at:
             raise error
         return real(*args)
 
+    monkeypatch.setattr(os, name, call)
+
+
+def stopped(at: int, monkeypatch: pytest.MonkeyPatch, error: BaseException, config: Any = None, **options: Any) -> None:
+    """Run a merge of which write number ``at`` fails."""
     with monkeypatch.context() as m:
-        m.setattr(os, "pwrite", pwrite)
+        failing(m, "pwrite", at, error)
         with pytest.raises(type(error) if not isinstance(error, OSError) else TargetError):
             merge(config or recipe(), "out", **{"memory": "1MiB", "threads": 1, **options})
 
@@ -421,16 +422,8 @@ class TestFaults:
         self, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         Path("recipe.yml").write_text(json.dumps(recipe()))
-        real, calls = os.pwrite, [0]
-
-        def pwrite(*args: Any) -> int:
-            calls[0] += 1
-            if calls[0] > 8:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return real(*args)
-
         with monkeypatch.context() as m:
-            m.setattr(os, "pwrite", pwrite)
+            failing(m, "pwrite", 9, OSError(errno.ENOSPC, "No space left on device"))
             assert main(["merge", "recipe.yml", "out", "--threads", "1", "--memory", "1MiB"]) == 1
         said = capsys.readouterr().err
         assert "model.safetensors: write failed: No space left on device; " in said
@@ -439,16 +432,8 @@ class TestFaults:
         assert json.loads(capsys.readouterr().out)["bytes_written"] < 2_521_400
 
     def test_a_read_that_fails(self, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        real, calls = os.preadv, [0]
-
-        def preadv(*args: Any) -> int:
-            calls[0] += 1
-            if calls[0] > 20:
-                raise OSError(errno.EIO, "Input/output error")
-            return real(*args)
-
         with monkeypatch.context() as m:
-            m.setattr(os, "preadv", preadv)
+            failing(m, "preadv", 21, OSError(errno.EIO, "Input/output error"))
             with pytest.raises(
                 CheckpointError, match=r"m\d/model.safetensors: tensor .*: read failed: .*--resume"
             ) as e:

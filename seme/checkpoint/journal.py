@@ -51,7 +51,7 @@ class Journal:
         self.committed: int | None = None
         self._descriptor: int | None = None
         self._size = 0
-        self._told_of = False
+        self._wrote = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -128,7 +128,7 @@ class Journal:
             OSError: the journal cannot be written; the same for the methods below.
         """
         self._append(b"w %d %d %d\n" % (tensor, start, size))
-        self._told_of = True
+        self._wrote = True
 
     def tell(self, tensor: int, what: Any) -> None:
         """Keep what the method told of a tensor: JSON, in which torch tensors of float32 may be."""
@@ -156,7 +156,7 @@ class Journal:
     @property
     def began(self) -> bool:
         """True if there is something to go on with."""
-        return self._told_of or bool(self.done)
+        return self._wrote or bool(self.done)
 
     def _append(self, data: bytes) -> None:
         with self._lock:
@@ -181,7 +181,7 @@ class Journal:
     def forget(self) -> None:
         """Nothing of this merge is to be believed."""
         self.remove()
-        self.done, self.told, self._told_of = {}, {}, False
+        self.done, self.told, self._wrote = {}, {}, False
 
     def remove(self) -> None:
         """Close the file and delete it."""

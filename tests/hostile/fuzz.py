@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -450,7 +451,7 @@ LORA = {
 }
 
 
-class Target:
+class Target(ABC):
     """What is fuzzed: a file in a folder of its own, and what seme does with it."""
 
     kind = "json"
@@ -467,12 +468,12 @@ class Target:
         self.count = 0
         self.prepare()
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 (most need nothing)
         """Make what is around the file."""
 
+    @abstractmethod
     def run(self, data: bytes) -> None:
         """Read the file; SemeError if it is refused, Broken if it should have been."""
-        raise NotImplementedError
 
 
 class Header(Target):
