@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from seme.engine import Options, Progress, buffer_memory, chunk_bytes
 from seme.errors import BackendError, CheckpointError, ConfigError, SemeError, TargetError
 from seme.merging import MergeResult, make_options, merge, run
 from seme.methods import _magnitude, get
+from seme.methods._passes import Countdown
 from seme.native import BLOCK
-from seme.runtime import Place
+from seme.ops.selected_squares import OP as SELECTED_SQUARES
+from seme.ops.variance_ties import OP as VARIANCE_TIES
+from seme.runtime import Place, Runtime
 
 from .checkpoints import CONFIG, Tensors, read, write
 
@@ -381,6 +385,34 @@ class TestNonfinite:
     def test_the_policy_is_checked(self) -> None:
         with pytest.raises(ConfigError, match=r"^nonfinite: 'drop'; expected one of error, keep, zero$"):
             make_options("1GiB", 1, "drop")
+
+
+def test_ties_are_counted_once_for_two_passes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models()
+    real, ran = Runtime.run, Counter[str]()
+
+    def run(self: Runtime, op: Any, *args: Any) -> None:
+        ran[op.name] += 1
+        real(self, op, *args)
+
+    monkeypatch.setattr(Runtime, "run", run)
+    merge(recipe("sce, selected", dtype="bfloat16"), "out", threads=1, memory="1MiB")
+    assert 0 < ran["variance_ties"] <= ran["sce"] == ran["selected_squares"]
+
+
+def test_a_pass_with_another_countdown_counts_anew(here: Path) -> None:
+    models()
+    plan = planning.make(load(recipe("sce, selected", dtype="bfloat16")))
+    plan.close()
+    tensor = next(t for t in plan.tensors if not t.copy)
+    task, group = engine._Task(tensor, None, BLOCK), tensor.group
+    for threshold in (5, 5, 6):
+        selection = {"thresholds": [threshold], "tie_quotas": [3]}
+        countdown = Countdown(VARIANCE_TIES, group.check(VARIANCE_TIES, thresholds=[threshold]), "tie_quotas")
+        before = len(task.counted) if task.current else 0
+        task.begin(group.reduce(SELECTED_SQUARES, countdown=countdown, **selection))
+        assert len(task.counted) == (before if threshold == 5 and before else 1)
+        task.counted[BLOCK] = [2]
 
 
 class TestInterruptions:
