@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seme import __version__
-from seme.errors import ConfigError, KeptInterrupt, LateInterrupt, SemeError
+from seme.errors import KEPT, ConfigError, KeptInterrupt, LateInterrupt, SemeError
 
 if TYPE_CHECKING:
     from seme.config import MergeConfig
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from seme.steps import Step
 
 COMPLETE = "; the merge was complete"
-KEPT = "; what is merged is kept, go on with --resume"
 SHOWN = 20
 """Problems that are printed; JSON has all."""
 BASES = {

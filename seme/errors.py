@@ -8,6 +8,9 @@ import reprlib
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 
+KEPT = "; what is merged is kept, go on with --resume"
+"""The end of a message about a merge that was stopped."""
+
 
 def brief(value: object) -> str:
     """A value as messages show it: one short line, whatever its size or depth."""

@@ -18,7 +18,7 @@ from seme.checkpoint.tokenizer import MODEL_FILES, OUTDATED, TOKENIZER_FILES
 from seme.config import MergeConfig
 from seme.dtypes import DType
 from seme.engine import Engine, Options, Progress, chunk_bytes
-from seme.errors import CheckpointError, ConfigError, KeptInterrupt, LateInterrupt, SemeError, brief
+from seme.errors import KEPT, CheckpointError, ConfigError, KeptInterrupt, LateInterrupt, SemeError, brief
 from seme.matrix_engine import MatrixEngine
 from seme.plan import Plan
 from seme.report.card import model_card
@@ -240,7 +240,7 @@ def _of_memory(error: BaseException) -> bool:
 
 
 def _kept(writer: Writer | None) -> str:
-    return "; what is merged is kept, go on with --resume" if writer is not None and writer.kept else ""
+    return KEPT if writer is not None and writer.kept else ""
 
 
 def ready(plan: Plan, options: Options, backend: str, device: str) -> Place:

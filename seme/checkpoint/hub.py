@@ -42,23 +42,17 @@ def local_path(path: str) -> Path | None:
 
 def same_model(a: ModelRef, b: ModelRef) -> bool:
     """True for one reference, and for two spellings of one local path."""
-    if a == b or a.revision != b.revision or (a.lora is None) != (b.lora is None):
-        return a == b
-    if a.lora is not None and b.lora is not None and not same_model(a.lora, b.lora):
-        return False
-    if a.path == b.path:
-        return True
-    x, y = local_path(a.path), local_path(b.path)
-    return x is not None and y is not None and x.samefile(y)
+    return a == b or identity(a) == identity(b)
 
 
 def identity(ref: ModelRef) -> tuple[Any, ...]:
-    """What two references have in common that :func:`same_model` holds for."""
+    """What references have in common that are the :func:`same_model`: a local path counts as the folder it leads to."""
     local = local_path(ref.path)
     place: Any = ref.path
     if local is not None:
         with contextlib.suppress(OSError):
-            place = local.stat().st_dev, local.stat().st_ino
+            found = local.stat()
+            place = found.st_dev, found.st_ino
     return place, ref.revision, None if ref.lora is None else identity(ref.lora)
 
 
